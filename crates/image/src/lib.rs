@@ -1,0 +1,1 @@
+//! What an image is, without anything that could fetch or run one.
