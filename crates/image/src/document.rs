@@ -1,0 +1,272 @@
+//! The JSON documents of an image and the walk over them. OCI and Docker schema 2 share one shape.
+//!
+//! A document is hostile until its digest was checked, and may be malformed even then: sizes, counts and
+//! digests are bounded and validated here.
+
+use oci_spec::image as spec;
+use thiserror::Error;
+
+use crate::{Digest, DigestError, Platform};
+
+/// The largest index, manifest or config that is read, in bytes: 8 MiB, containerd's own limit for a
+/// manifest (`core/remotes/docker`, `MaxManifestSize`).
+pub const MAX_DOCUMENT_BYTES: u64 = 8 << 20;
+
+/// The most manifests of an index, or layers of a manifest, that are taken: overlayfs itself stops at some 500.
+pub const MAX_CHILDREN: usize = 1024;
+
+/// A content descriptor (OCI image specification, "Content Descriptors").
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Descriptor {
+    /// The media type as the document gives it.
+    pub media_type: String,
+    /// The blob's digest.
+    pub digest: Digest,
+    /// The blob's length in bytes.
+    pub size: u64,
+}
+
+/// An entry of an index.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IndexEntry {
+    /// The manifest, or a nested index.
+    pub descriptor: Descriptor,
+    /// The platform the entry names, if any.
+    pub platform: Option<Platform>,
+}
+
+/// An image index, or Docker manifest list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Index {
+    /// In the document's order: `containerd.io/gc.ref.content.m.<i>` counts by it.
+    pub manifests: Vec<IndexEntry>,
+}
+
+/// An image manifest, OCI or Docker schema 2.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    /// The image's config.
+    pub config: Descriptor,
+    /// In the order they are applied; a layer may stand here twice.
+    pub layers: Vec<Descriptor>,
+}
+
+/// A parsed index or manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Document {
+    /// An index or manifest list.
+    Index(Index),
+    /// A manifest.
+    Manifest(Manifest),
+}
+
+/// Why bytes are no index, manifest or config that can be handled.
+#[derive(Debug, Error)]
+pub enum DocumentError {
+    /// Not JSON, or JSON of another shape.
+    #[error("{0} is not valid: {1}")]
+    Malformed(&'static str, String),
+    /// A descriptor's digest is malformed.
+    #[error(transparent)]
+    Digest(#[from] DigestError),
+    /// Neither `manifests` nor `layers`, or both (which the specification forbids: one digest, two meanings).
+    #[error("the document must have either manifests or layers, it has {0}")]
+    Ambiguous(&'static str),
+    /// Docker schema 1, which containerd 2.x no longer pulls either.
+    #[error("schema version {0} is not supported: rebuild the image in the OCI format")]
+    SchemaVersion(u64),
+    /// More children than [`MAX_CHILDREN`].
+    #[error("{0} children, at most {MAX_CHILDREN} are handled")]
+    TooMany(usize),
+    /// No manifest of the index suits the platform.
+    #[error("the index has no manifest for {wanted}, only for {offered}")]
+    NoPlatform {
+        /// The platform asked for.
+        wanted: Platform,
+        /// Those that the index has, comma-separated.
+        offered: String,
+    },
+}
+
+impl Document {
+    /// Parses an index or manifest by its shape. The media type of the descriptor that led here is the
+    /// caller's to keep: a record needs it exactly.
+    pub fn parse(bytes: &[u8]) -> Result<Self, DocumentError> {
+        let malformed =
+            |what| move |error: serde_json::Error| DocumentError::Malformed(what, error.to_string());
+        let json: serde_json::Value = serde_json::from_slice(bytes).map_err(malformed("the document"))?;
+        match json.get("schemaVersion").and_then(serde_json::Value::as_u64) {
+            Some(2) => {}
+            Some(other) => return Err(DocumentError::SchemaVersion(other)),
+            None => {
+                return Err(DocumentError::Malformed("the document", "it has no schemaVersion".to_owned()));
+            }
+        }
+        match (json.get("manifests").is_some(), json.get("layers").is_some() || json.get("config").is_some())
+        {
+            (true, true) => Err(DocumentError::Ambiguous("both")),
+            (false, false) => Err(DocumentError::Ambiguous("neither")),
+            (true, false) => {
+                let index: spec::ImageIndex = serde_json::from_value(json).map_err(malformed("the index"))?;
+                bounded(index.manifests().len())?;
+                let manifests =
+                    index.manifests().iter().map(IndexEntry::from_spec).collect::<Result<_, _>>()?;
+                Ok(Self::Index(Index { manifests }))
+            }
+            (false, true) => {
+                let manifest: spec::ImageManifest =
+                    serde_json::from_value(json).map_err(malformed("the manifest"))?;
+                bounded(manifest.layers().len())?;
+                let config = Descriptor::from_spec(manifest.config())?;
+                let layers = manifest.layers().iter().map(Descriptor::from_spec).collect::<Result<_, _>>()?;
+                Ok(Self::Manifest(Manifest { config, layers }))
+            }
+        }
+    }
+}
+
+fn bounded(children: usize) -> Result<(), DocumentError> {
+    if children > MAX_CHILDREN { Err(DocumentError::TooMany(children)) } else { Ok(()) }
+}
+
+impl Descriptor {
+    fn from_spec(descriptor: &spec::Descriptor) -> Result<Self, DocumentError> {
+        let digest = descriptor.digest().as_ref().parse()?;
+        Ok(Self { media_type: descriptor.media_type().to_string(), digest, size: descriptor.size() })
+    }
+}
+
+impl IndexEntry {
+    fn from_spec(descriptor: &spec::Descriptor) -> Result<Self, DocumentError> {
+        let platform = descriptor.platform().as_ref().map(|platform| {
+            Platform::new(
+                &platform.os().to_string(),
+                &platform.architecture().to_string(),
+                platform.variant().as_deref().unwrap_or(""),
+            )
+        });
+        Ok(Self { descriptor: Descriptor::from_spec(descriptor)?, platform })
+    }
+}
+
+impl Index {
+    /// The entries a node of this platform could run, best first; entries without a platform last, as
+    /// containerd orders them. Attestations (`unknown/unknown`) are never among them.
+    pub fn candidates(&self, node: &Platform) -> Result<Vec<&IndexEntry>, DocumentError> {
+        let mut ranked: Vec<(u32, &IndexEntry)> = self
+            .manifests
+            .iter()
+            .filter_map(|entry| match &entry.platform {
+                Some(platform) => node.rank(platform).map(|rank| (rank, entry)),
+                None => Some((u32::MAX, entry)),
+            })
+            .collect();
+        ranked.sort_by_key(|(rank, _)| *rank);
+        if ranked.is_empty() {
+            let mut offered: Vec<String> = self
+                .manifests
+                .iter()
+                .filter_map(|entry| entry.platform.as_ref())
+                .filter(|platform| platform.is_known())
+                .map(ToString::to_string)
+                .collect();
+            offered.dedup();
+            offered.truncate(8);
+            return Err(DocumentError::NoPlatform { wanted: node.clone(), offered: offered.join(", ") });
+        }
+        Ok(ranked.into_iter().map(|(_, entry)| entry).collect())
+    }
+}
+
+impl Manifest {
+    /// Bytes of config and distinct layers; a layer that stands twice counts once.
+    pub fn content_size(&self) -> u64 {
+        let mut seen = std::collections::HashSet::new();
+        let layers = self.layers.iter().filter(|layer| seen.insert(&layer.digest));
+        layers.map(|layer| layer.size).fold(self.config.size, u64::saturating_add)
+    }
+}
+
+/// The platform and the diff IDs (`rootfs.diff_ids`, digests of the uncompressed layers) of a config.
+pub fn diff_ids(config: &[u8]) -> Result<(Platform, Vec<Digest>), DocumentError> {
+    let config: spec::ImageConfiguration = serde_json::from_slice(config)
+        .map_err(|error| DocumentError::Malformed("the config", error.to_string()))?;
+    let ids = config.rootfs().diff_ids();
+    bounded(ids.len())?;
+    let ids = ids.iter().map(|id| id.parse()).collect::<Result<_, _>>()?;
+    let platform = Platform::new(
+        &config.os().to_string(),
+        &config.architecture().to_string(),
+        config.variant().as_deref().unwrap_or(""),
+    );
+    Ok((platform, ids))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(n: u8) -> String {
+        format!("sha256:{}", format!("{n:02x}").repeat(32))
+    }
+
+    fn index() -> String {
+        let entry = |n: u8, os: &str, arch: &str| {
+            format!(
+                r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":7,"platform":{{"os":"{os}","architecture":"{arch}"}}}}"#,
+                hex(n)
+            )
+        };
+        format!(
+            r#"{{"schemaVersion":2,"manifests":[{},{},{}]}}"#,
+            entry(1, "linux", "arm64"),
+            entry(2, "linux", "amd64"),
+            entry(3, "unknown", "unknown")
+        )
+    }
+
+    #[test]
+    fn picks_the_platform() {
+        let Document::Index(index) = Document::parse(index().as_bytes()).unwrap() else { panic!("an index") };
+        let chosen = index.candidates(&Platform::new("linux", "amd64", "")).unwrap();
+        assert_eq!(chosen.len(), 1);
+        assert_eq!(chosen[0].descriptor.digest.as_str(), hex(2));
+        let error = index.candidates(&Platform::new("linux", "s390x", "")).unwrap_err().to_string();
+        assert_eq!(error, "the index has no manifest for linux/s390x, only for linux/arm64, linux/amd64");
+    }
+
+    #[test]
+    fn counts_a_layer_once() {
+        let layer = format!(
+            r#"{{"mediaType":"application/vnd.docker.image.rootfs.diff.tar.gzip","digest":"{}","size":10}}"#,
+            hex(9)
+        );
+        let text = format!(
+            r#"{{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.manifest.v2+json","config":{{"mediaType":"application/vnd.docker.container.image.v1+json","digest":"{}","size":3}},"layers":[{layer},{layer}]}}"#,
+            hex(8)
+        );
+        let Document::Manifest(manifest) = Document::parse(text.as_bytes()).unwrap() else {
+            panic!("a manifest")
+        };
+        assert_eq!(manifest.layers.len(), 2);
+        assert_eq!(manifest.content_size(), 13);
+        assert_eq!(manifest.layers[0].media_type, "application/vnd.docker.image.rootfs.diff.tar.gzip");
+    }
+
+    #[test]
+    fn refuses_what_it_cannot_trust() {
+        let long = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, vec!["0"; 2000].join(","));
+        for (text, says) in [
+            ("", "not valid"),
+            ("[]", "no schemaVersion"),
+            (r#"{"schemaVersion":1,"fsLayers":[]}"#, "schema version 1"),
+            (r#"{"schemaVersion":2}"#, "neither"),
+            (r#"{"schemaVersion":2,"manifests":[],"layers":[]}"#, "both"),
+            (r#"{"schemaVersion":2,"manifests":[{"mediaType":"x","size":1,"digest":"sha256:../x"}]}"#, ""),
+            (long.as_str(), "not valid"),
+        ] {
+            let error = Document::parse(text.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+    }
+}
