@@ -1,1 +1,6 @@
 //! A real cluster on one machine, and the scenarios that run on it.
+
+pub mod containerd;
+pub mod daemon;
+pub mod host;
+pub mod tools;
