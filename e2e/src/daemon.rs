@@ -20,9 +20,9 @@ use crate::tools::{self, Containerd};
 const BASE: &str = "/tmp";
 /// How the names of their directories begin.
 const PREFIX: &str = "tote-containerd.";
-/// It is logged when CRI is about to answer: the last thing before it does, in
-/// every version.
-const CRI_READY: &str = "Start streaming server";
+/// Logged when CRI is about to answer, and when the socket is served; which
+/// comes first differs between the versions.
+const READY: [&str; 2] = ["Start streaming server", "containerd successfully booted"];
 
 /// What a private containerd is to be.
 #[derive(Clone, Copy, Debug)]
@@ -213,7 +213,8 @@ impl Daemon {
             }
             let text = fs::read(&log)?;
             let new = text.get(usize::try_from(seen)?..).unwrap_or_default();
-            Ok(String::from_utf8_lossy(new).contains(CRI_READY))
+            let new = String::from_utf8_lossy(new);
+            Ok(READY.iter().all(|line| new.contains(line)))
         });
         ready.with_context(|| format!("{}; its log ends so:\n{}", self.options.version, host::tail(&log, 20)))
     }
