@@ -3,4 +3,6 @@
 pub mod containerd;
 pub mod daemon;
 pub mod host;
+pub mod images;
+pub mod registry;
 pub mod tools;
