@@ -1,0 +1,46 @@
+//! Well-known names. All of them are API: changing one breaks somebody's alert or manifest.
+
+/// On a Namespace: `"true"` lets salvage act in it.
+pub const ALLOW: &str = "tote.dev/allow";
+/// On a Pod: `"true"` lets detection act on it.
+pub const AUTO_SALVAGE: &str = "tote.dev/auto-salvage";
+/// On a Pod, by the controller: digest of the image that was salvaged for it.
+pub const SALVAGED_DIGEST: &str = "tote.dev/salvaged-digest";
+/// On a Pod, by the controller: when that import was complete, RFC 3339.
+pub const IMPORTED_AT: &str = "tote.dev/imported-at";
+/// On a Pod, by the controller: changed to make kubelet look at the pod again.
+pub const WAKE: &str = "tote.dev/wake";
+
+/// Label on a `SalvageJob` made by detection, with the value [`MANAGER`]. Such a job goes away by itself.
+pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+/// Name of the controller: field manager, event reporter, value of [`MANAGED_BY`].
+pub const MANAGER: &str = "tote-controller";
+
+/// Namespaces in which nothing is ever salvaged, whatever their annotations say.
+pub const DENIED_NAMESPACES: [&str; 3] = ["kube-system", "kube-public", "kube-node-lease"];
+
+/// Reasons of events on pods.
+pub mod event {
+    /// A pod waits for an image that other nodes hold.
+    pub const IMAGE_SALVAGEABLE: &str = "ImageSalvageable";
+    /// A pod waits for an image and salvage cannot help; the note says why.
+    pub const IMAGE_NOT_ACTIONABLE: &str = "ImageNotActionable";
+    /// The image a pod waited for is on its node now.
+    pub const IMAGE_SALVAGED: &str = "ImageSalvaged";
+    /// The `SalvageJob` for a pod failed.
+    pub const IMAGE_SALVAGE_FAILED: &str = "ImageSalvageFailed";
+}
+
+/// Types of conditions of a `SalvageJob`.
+pub mod condition {
+    /// Whether the image is resolved to a digest.
+    pub const RESOLVED: &str = "Resolved";
+    /// Whether the image is on the node, under the name asked for, as CRI sees it.
+    pub const IMPORTED: &str = "Imported";
+    /// The same, for tools that read kstatus.
+    pub const READY: &str = "Ready";
+    /// Whether the job is still being worked at (kstatus).
+    pub const RECONCILING: &str = "Reconciling";
+    /// Whether the job has failed for good (kstatus).
+    pub const STALLED: &str = "Stalled";
+}
