@@ -1,1 +1,3 @@
-//! tote-controller.
+//! The controller: watches, decides, drives agents. Must not know containerd.
+
+pub mod leader;

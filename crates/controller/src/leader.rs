@@ -1,0 +1,228 @@
+//! Leadership by a `coordination.k8s.io/v1` Lease, as client-go's leader election has it: a candidate takes
+//! over when the record has not changed for its duration by the candidate's own clock, so that clocks that
+//! differ do not matter. Must not know what a leader does.
+
+use std::time::Duration;
+
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::PostParams;
+use kube::{Api, Client};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+/// How long a record holds without being renewed.
+const DURATION: Duration = Duration::from_secs(10);
+
+/// A leader that could not renew for this long stops acting, well before another may take over.
+const RENEW_DEADLINE: Duration = Duration::from_secs(6);
+
+/// Between two looks at the record, or two renewals.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// How long one look or one write may take.
+const CALL: Duration = Duration::from_secs(2);
+
+/// A leader stops before another may start, even if its last renewal hangs.
+const _: () = assert!(RENEW_DEADLINE.as_secs() + PERIOD.as_secs() + CALL.as_secs() < DURATION.as_secs());
+
+/// One leadership. A later one under the same Lease has more transitions; a Lease that was deleted and made
+/// again has another UID.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Term {
+    /// `metadata.uid` of the Lease.
+    pub lease_uid: String,
+    /// `spec.leaseTransitions` of the Lease.
+    pub transitions: i64,
+}
+
+/// What to do about a record.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// It is ours: renew it.
+    Renew,
+    /// It is free, or was not renewed in time: take it.
+    Take,
+    /// Somebody else leads.
+    Wait,
+}
+
+/// Decides over a record that has stood unchanged for so long.
+fn evaluate(spec: &LeaseSpec, unchanged: Duration, me: &str) -> Verdict {
+    let holder = spec.holder_identity.as_deref().unwrap_or("");
+    let seconds = spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok());
+    let duration = seconds.map_or(DURATION, Duration::from_secs);
+    if holder == me {
+        Verdict::Renew
+    } else if holder.is_empty() || unchanged >= duration {
+        Verdict::Take
+    } else {
+        Verdict::Wait
+    }
+}
+
+/// The record that a verdict leads to.
+fn next(spec: &LeaseSpec, verdict: &Verdict, me: &str, now: Timestamp) -> LeaseSpec {
+    let taken = *verdict == Verdict::Take;
+    let before = spec.lease_transitions.unwrap_or(0);
+    LeaseSpec {
+        holder_identity: Some(me.to_owned()),
+        lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
+        lease_transitions: Some(if taken { before.saturating_add(1) } else { before }),
+        acquire_time: if taken { Some(MicroTime(now)) } else { spec.acquire_time.clone() },
+        renew_time: Some(MicroTime(now)),
+        ..spec.clone()
+    }
+}
+
+/// A candidate for the leadership.
+pub struct Leader {
+    leases: Api<Lease>,
+    lease: String,
+    me: String,
+    /// The record last seen, and since when it has stood unchanged.
+    seen: Option<(String, Instant)>,
+}
+
+impl Leader {
+    /// A candidate called `me` (the pod's name: a restarted container goes on leading) for a Lease.
+    pub fn new(client: Client, namespace: &str, lease: &str, me: &str) -> Self {
+        let leases = Api::namespaced(client, namespace);
+        Self { leases, lease: lease.to_owned(), me: me.to_owned(), seen: None }
+    }
+
+    /// Stands for election until `stop`, then gives the Lease back. `terms` has the term while this candidate
+    /// leads, `None` while it does not; it turns to `None` before anyone else may take over.
+    pub async fn run(mut self, terms: watch::Sender<Option<Term>>, stop: CancellationToken) {
+        let mut renewed = None;
+        while !stop.is_cancelled() {
+            let asked = Instant::now();
+            match timeout(CALL, self.step()).await {
+                Ok(Ok(Some(term))) => {
+                    renewed = Some(asked);
+                    terms.send_if_modified(|held| {
+                        let changed = held.as_ref() != Some(&term);
+                        if changed {
+                            tracing::info!(lease = self.lease, transitions = term.transitions, "leading");
+                            *held = Some(term);
+                        }
+                        changed
+                    });
+                }
+                Ok(Ok(None)) => renewed = None,
+                Ok(Err(error)) => {
+                    tracing::warn!(lease = self.lease, %error, "cannot read or write the Lease")
+                }
+                Err(_) => tracing::warn!(lease = self.lease, "the API server does not answer"),
+            }
+            if renewed.is_none_or(|at| at.elapsed() >= RENEW_DEADLINE) {
+                terms.send_if_modified(|held| {
+                    if held.is_some() {
+                        tracing::warn!(lease = self.lease, "no longer leading");
+                    }
+                    held.take().is_some()
+                });
+            }
+            let _ = timeout(PERIOD, stop.cancelled()).await;
+        }
+        let led = terms.send_replace(None).is_some();
+        if led && let Ok(Err(error)) = timeout(CALL, self.release()).await {
+            tracing::warn!(lease = self.lease, %error, "cannot give the Lease back");
+        }
+    }
+
+    async fn step(&mut self) -> kube::Result<Option<Term>> {
+        let Some(lease) = self.leases.get_opt(&self.lease).await? else {
+            let metadata = ObjectMeta { name: Some(self.lease.clone()), ..ObjectMeta::default() };
+            let spec = next(&LeaseSpec::default(), &Verdict::Take, &self.me, Timestamp::now());
+            let made = Lease { metadata, spec: Some(spec) };
+            return match self.leases.create(&PostParams::default(), &made).await {
+                Ok(lease) => Ok(Some(self.term_of(lease))),
+                Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(None),
+                Err(error) => Err(error),
+            };
+        };
+        let version = lease.metadata.resource_version.clone().unwrap_or_default();
+        let since = match &self.seen {
+            Some((seen, since)) if *seen == version => *since,
+            _ => Instant::now(),
+        };
+        self.seen = Some((version, since));
+        let spec = lease.spec.clone().unwrap_or_default();
+        let verdict = evaluate(&spec, since.elapsed(), &self.me);
+        if verdict == Verdict::Wait {
+            return Ok(None);
+        }
+        let spec = Some(next(&spec, &verdict, &self.me, Timestamp::now()));
+        // The resourceVersion goes along: of two candidates one gets a conflict.
+        match self.leases.replace(&self.lease, &PostParams::default(), &Lease { spec, ..lease }).await {
+            Ok(lease) => Ok(Some(self.term_of(lease))),
+            Err(kube::Error::Api(status)) if status.is_conflict() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn term_of(&mut self, lease: Lease) -> Term {
+        self.seen = lease.metadata.resource_version.map(|version| (version, Instant::now()));
+        Term {
+            lease_uid: lease.metadata.uid.unwrap_or_default(),
+            transitions: lease.spec.and_then(|spec| spec.lease_transitions).unwrap_or(0).into(),
+        }
+    }
+
+    async fn release(&self) -> kube::Result<()> {
+        let Some(lease) = self.leases.get_opt(&self.lease).await? else { return Ok(()) };
+        let spec = lease.spec.clone().unwrap_or_default();
+        if spec.holder_identity.as_deref() != Some(&self.me) {
+            return Ok(());
+        }
+        let spec = Some(LeaseSpec { holder_identity: Some(String::new()), ..spec });
+        self.leases.replace(&self.lease, &PostParams::default(), &Lease { spec, ..lease }).await?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held(by: &str) -> LeaseSpec {
+        LeaseSpec {
+            holder_identity: Some(by.to_owned()),
+            lease_duration_seconds: Some(10),
+            lease_transitions: Some(3),
+            ..LeaseSpec::default()
+        }
+    }
+
+    #[test]
+    fn verdicts() {
+        let seconds = Duration::from_secs;
+        for (spec, unchanged, verdict) in [
+            (held("me"), 0, Verdict::Renew),
+            (held("me"), 100, Verdict::Renew),
+            (held("other"), 9, Verdict::Wait),
+            (held("other"), 10, Verdict::Take),
+            (held(""), 0, Verdict::Take),
+            (LeaseSpec::default(), 0, Verdict::Take),
+            (LeaseSpec { lease_duration_seconds: None, ..held("other") }, 9, Verdict::Wait),
+            (LeaseSpec { lease_duration_seconds: Some(-1), ..held("other") }, 9, Verdict::Wait),
+        ] {
+            assert_eq!(evaluate(&spec, seconds(unchanged), "me"), verdict, "{spec:?} after {unchanged} s");
+        }
+    }
+
+    #[test]
+    fn taking_counts_and_renewing_does_not() {
+        let now = Timestamp::UNIX_EPOCH;
+        let taken = next(&held("other"), &Verdict::Take, "me", now);
+        assert_eq!((taken.lease_transitions, taken.holder_identity.as_deref()), (Some(4), Some("me")));
+        let later = now + Duration::from_secs(1);
+        let renewed = next(&taken, &Verdict::Renew, "me", later);
+        assert_eq!(renewed.lease_transitions, Some(4));
+        assert_eq!(renewed.acquire_time, taken.acquire_time);
+        assert_ne!(renewed.renew_time, taken.renew_time);
+    }
+}
