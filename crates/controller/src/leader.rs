@@ -113,7 +113,7 @@ impl Leader {
                 }
                 Ok(Ok(None)) => renewed = None,
                 Ok(Err(error)) => {
-                    tracing::warn!(lease = self.lease, %error, "cannot read or write the Lease")
+                    tracing::warn!(lease = self.lease, %error, "cannot read or write the Lease");
                 }
                 Err(_) => tracing::warn!(lease = self.lease, "the API server does not answer"),
             }
