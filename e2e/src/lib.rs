@@ -1,5 +1,6 @@
 //! A real cluster on one machine, and the scenarios that run on it.
 
+pub mod cluster;
 pub mod containerd;
 pub mod daemon;
 pub mod host;

@@ -1,0 +1,511 @@
+//! A real cluster on one machine: etcd, API server, controller manager and
+//! scheduler, and nodes that are namespaces with real kubelets and containerds.
+//!
+//! It outlives the process that made it: a later one attaches. All of its state
+//! is in one directory, all of its processes in one branch of the cgroups, all
+//! of its links have one prefix, so that it can be removed whatever happened to
+//! whoever made it. Must not know what is being tested.
+
+mod api;
+mod cgroup;
+mod control_plane;
+mod files;
+mod network;
+mod node;
+mod pki;
+mod service;
+
+use std::fs::{self, File};
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+pub use files::REGISTRY_HOSTS;
+pub use node::{Node, NodeSpec};
+
+use crate::images::Layout;
+use crate::tools::{self, Containerd};
+use crate::{host, images};
+use cgroup::Cgroups;
+use control_plane::ControlPlane;
+use network::Network;
+use service::Service;
+
+/// What a cluster is to be.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Tells clusters on one machine apart: up to 20 of `a-z0-9-`.
+    pub name: String,
+    /// Its nodes.
+    pub nodes: Vec<NodeSpec>,
+}
+
+impl Options {
+    /// Three nodes: n1 and n2 with containerd 2.x, n3 with 1.7.
+    pub fn new(name: &str) -> Self {
+        let nodes = vec![
+            NodeSpec::new("n1", Containerd::V2),
+            NodeSpec::new("n2", Containerd::V2),
+            NodeSpec::new("n3", Containerd::V1_7),
+        ];
+        Self { name: name.to_owned(), nodes }
+    }
+}
+
+/// What `up` says as it goes on, a line each time.
+pub type Progress<'a> = &'a (dyn Fn(&str) + Sync);
+
+/// What is kept of a cluster, in `cluster.json`.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+struct State {
+    network: Network,
+    nodes: Vec<NodeSpec>,
+    /// Whether `up` came to its end.
+    ready: bool,
+}
+
+/// A running cluster. Dropped, it goes on running: see [`Cluster::down`].
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    name: String,
+    dir: PathBuf,
+    cgroups: Cgroups,
+    network: Network,
+    control_plane: ControlPlane,
+    nodes: Vec<Node>,
+}
+
+/// One line of [`Cluster::status`].
+#[derive(Debug)]
+pub struct Status {
+    /// The daemon, such as `n1-kubelet`.
+    pub daemon: String,
+    /// Its process, if it runs.
+    pub pid: Option<u32>,
+    /// Its log.
+    pub log: PathBuf,
+}
+
+impl Cluster {
+    /// Brings a cluster up, and returns when pods can be made on every node. If
+    /// one of this name is up, that one; what is left of a broken one is
+    /// removed first.
+    ///
+    /// # Errors
+    /// Not root, the options are not valid, a cluster of this name is up with
+    /// other nodes, or something does not come up: all is removed again then,
+    /// and the message has the end of the log.
+    pub fn up(options: &Options, progress: Progress<'_>) -> Result<Self> {
+        check(options)?;
+        let _lock = lock(&options.name)?;
+        if let Ok(cluster) = Self::attach(&options.name) {
+            let specs: Vec<&NodeSpec> = cluster.nodes.iter().map(|node| &node.spec).collect();
+            if !specs.iter().copied().eq(options.nodes.iter()) {
+                bail!("a cluster {} is up with other nodes: take it down first", options.name);
+            }
+            progress(&format!("the cluster {} is up already", options.name));
+            return Ok(cluster);
+        }
+        if directory(&options.name)?.exists() {
+            progress("removing what is left of an earlier cluster of this name");
+            remove(&options.name)?;
+        }
+        let cluster = Self::reserve(options)?;
+        let built = cluster.build(progress);
+        if let Err(error) = built {
+            let error = error.context(format!("the cluster {} did not come up", options.name));
+            return Err(match remove(&options.name) {
+                Ok(()) => error,
+                Err(left) => error.context(format!("and what is left of it could not be removed: {left:#}")),
+            });
+        }
+        cluster.save(true)?;
+        Ok(cluster)
+    }
+
+    /// The cluster of this name, which is up.
+    ///
+    /// # Errors
+    /// There is none, or one of its daemons' processes that hold it together
+    /// (control plane, namespaces) is gone.
+    pub fn attach(name: &str) -> Result<Self> {
+        let dir = directory(name)?;
+        let file = dir.join("cluster.json");
+        let text = match fs::read(&file) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                bail!("no cluster {name} is up (bring it up with: cargo run -p tote-e2e --bin cluster -- up)")
+            }
+            other => other.with_context(|| format!("reading {}", file.display()))?,
+        };
+        let state: State =
+            serde_json::from_slice(&text).with_context(|| format!("reading {}", file.display()))?;
+        let cluster = Self::new(name, dir, state.network, &state.nodes)?;
+        let holders = cluster.nodes.iter().map(|node| &node.holder);
+        let gone = cluster
+            .control_plane
+            .services()
+            .into_iter()
+            .chain(holders)
+            .find(|service| service.pid().is_none());
+        if let Some(service) = gone.filter(|_| state.ready) {
+            bail!("the cluster {name} is broken: {} does not run; take it down, then up", service.name);
+        }
+        if !state.ready {
+            bail!("the cluster {name} did not come up to its end; take it down, then up");
+        }
+        Ok(cluster)
+    }
+
+    /// Removes the cluster of this name, whatever its condition: processes,
+    /// namespaces, mounts, links, cgroups, files. Returns whether there was one.
+    ///
+    /// # Errors
+    /// Something cannot be removed.
+    pub fn down(name: &str) -> Result<bool> {
+        check_name(name)?;
+        let _lock = lock(name)?;
+        let was = directory(name)?.exists();
+        remove(name)?;
+        Ok(was)
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The directory of all that it has.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The kubeconfig of its administrator.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.control_plane.kubeconfig()
+    }
+
+    /// A client with the administrator's rights.
+    ///
+    /// # Errors
+    /// The kubeconfig cannot be read.
+    pub async fn client(&self) -> Result<kube::Client> {
+        api::client(&self.kubeconfig()).await
+    }
+
+    /// The machine's address that every node and pod reaches: where registries
+    /// listen. On the nodes, [`REGISTRY_HOSTS`] mean this address.
+    pub fn registry_address(&self) -> Ipv4Addr {
+        self.network.gateway()
+    }
+
+    /// Its nodes, in the order of the options.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The node of this name.
+    ///
+    /// # Errors
+    /// There is none; the message names those that there are.
+    pub fn node(&self, name: &str) -> Result<&Node> {
+        self.nodes.iter().find(|node| node.name() == name).with_context(|| {
+            let names: Vec<&str> = self.nodes.iter().map(Node::name).collect();
+            format!("no node {name:?} in the cluster {}; there are: {}", self.name, names.join(", "))
+        })
+    }
+
+    /// Lets every node pull from `host_port` by plain HTTP.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn trust_registry(&self, host_port: &str) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| node.trust_registry(host_port))
+    }
+
+    /// Imports an image archive on every node, side by side.
+    ///
+    /// # Errors
+    /// A node's `ctr` failed.
+    pub fn load_image(&self, archive: &Path) -> Result<()> {
+        each(&self.nodes, |node| node.load_image(archive))
+    }
+
+    /// A command for `kubectl` with the administrator's rights.
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn kubectl<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Result<Command> {
+        let mut command = Command::new(tools::kubernetes()?.join("kubectl"));
+        command.env("KUBECONFIG", self.kubeconfig()).args(args);
+        Ok(command)
+    }
+
+    /// A command for `helm` with the administrator's rights.
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn helm<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Result<Command> {
+        let mut command = Command::new(tools::helm()?);
+        command.env("KUBECONFIG", self.kubeconfig()).args(args);
+        Ok(command)
+    }
+
+    /// Every daemon, and whether it runs.
+    pub fn status(&self) -> Vec<Status> {
+        let nodes = self.nodes.iter().flat_map(Node::services);
+        let services = self.control_plane.services().into_iter().chain(nodes);
+        services
+            .map(|service| Status { daemon: service.name.clone(), pid: service.pid(), log: service.log() })
+            .collect()
+    }
+
+    /// What of the cluster is not as it must be; None if all is well.
+    ///
+    /// # Errors
+    /// The API server does not answer.
+    pub fn unready(&self) -> Result<Option<String>> {
+        api::unready(&self.kubeconfig(), self.nodes.len())
+    }
+
+    /// `1` or `2`: the machine's version of cgroups, which its nodes run on.
+    pub fn cgroup_version(&self) -> u8 {
+        self.cgroups.version()
+    }
+
+    /// The cluster as it would be, nothing made.
+    fn new(name: &str, dir: PathBuf, network: Network, specs: &[NodeSpec]) -> Result<Self> {
+        let (cgroups, branch, logs) = (Cgroups::detect()?, branch(name), dir.join("logs"));
+        let service = |name: &str, leaf: &str| Service {
+            name: name.to_owned(),
+            logs: logs.clone(),
+            cgroups: cgroups.clone(),
+            cgroup: format!("{branch}/{leaf}"),
+        };
+        let control_plane = ControlPlane {
+            dir: dir.join("control-plane"),
+            network,
+            etcd: service("etcd", "control-plane"),
+            api_server: service("kube-apiserver", "control-plane"),
+            controller_manager: service("kube-controller-manager", "control-plane"),
+            scheduler: service("kube-scheduler", "control-plane"),
+        };
+        let node = |(index, spec): (usize, &NodeSpec)| {
+            let daemon =
+                |daemon: &str| service(&format!("{}-{daemon}", spec.name), &format!("{}-daemons", spec.name));
+            Node {
+                spec: spec.clone(),
+                index,
+                nodes: specs.len(),
+                network,
+                dir: dir.join("nodes").join(&spec.name),
+                cgroup_root: format!("{branch}/{}", spec.name),
+                holder: daemon("namespaces"),
+                containerd: daemon("containerd"),
+                kubelet: daemon("kubelet"),
+                kube_proxy: daemon("kube-proxy"),
+            }
+        };
+        let nodes = specs.iter().enumerate().map(node).collect();
+        Ok(Self { name: name.to_owned(), dir, cgroups, network, control_plane, nodes })
+    }
+
+    /// Takes a network, and writes down what has to be removed before any of it
+    /// is made.
+    fn reserve(options: &Options) -> Result<Self> {
+        let clusters = clusters()?;
+        let lock = File::create(clusters.join(".network.lock"))?;
+        lock.lock()?;
+        let mut taken = Vec::new();
+        for entry in fs::read_dir(&clusters)? {
+            if let Ok(text) = fs::read(entry?.path().join("cluster.json")) {
+                taken.push(serde_json::from_slice::<State>(&text).context("a cluster's state")?.network);
+            }
+        }
+        let dir = directory(&options.name)?;
+        let cluster = Self::new(&options.name, dir, Network::pick(&taken)?, &options.nodes)?;
+        fs::create_dir_all(cluster.dir.join("logs"))?;
+        rustix::fs::chmod(&cluster.dir, rustix::fs::Mode::RWXU)?;
+        cluster.save(false)?;
+        Ok(cluster)
+    }
+
+    fn save(&self, ready: bool) -> Result<()> {
+        let nodes = self.nodes.iter().map(|node| node.spec.clone()).collect();
+        let text = serde_json::to_vec_pretty(&State { network: self.network, nodes, ready })?;
+        let (new, file) = (self.dir.join("cluster.json.new"), self.dir.join("cluster.json"));
+        fs::write(&new, text)?;
+        fs::rename(&new, &file).with_context(|| format!("writing {}", file.display()))
+    }
+
+    fn build(&self, progress: Progress<'_>) -> Result<()> {
+        let branch = branch(&self.name);
+        self.cgroups.create(&format!("{branch}/control-plane"))?;
+        for node in &self.nodes {
+            self.cgroups.create(&format!("{branch}/{}-daemons", node.name()))?;
+            self.cgroups.create_parent(&node.cgroup_root)?;
+        }
+        self.network.make_bridge()?;
+        control_plane::make_dirs(&self.control_plane.dir)?;
+        let authority = pki::Authority::new(&format!("tote-{}", self.name))?;
+        self.control_plane.write_files(&authority)?;
+        let pause = self.dir.join("pause.tar");
+        images::pause(&Layout::temporary()?)?.write_archive(&pause, crate::containerd::PAUSE)?;
+
+        progress(&format!(
+            "starting Kubernetes {} and {} nodes (cgroup v{}, {})",
+            tools::kubernetes_version(),
+            self.nodes.len(),
+            self.cgroups.version(),
+            self.network.all()
+        ));
+        std::thread::scope(|scope| {
+            let control_plane = scope.spawn(|| {
+                self.control_plane.start()?;
+                progress("the API server answers");
+                Ok::<(), anyhow::Error>(())
+            });
+            let nodes = each(&self.nodes, |node| {
+                node.prepare(&pause)?;
+                progress(&format!("{}: {} answers", node.name(), node.version()));
+                files::write_certificates(node, &authority, &self.control_plane.server())
+            });
+            control_plane.join().map_err(|_| anyhow!("starting the control plane panicked"))?.and(nodes)
+        })?;
+        each(&self.nodes, Node::join)?;
+        self.await_ready(progress)
+    }
+
+    /// Waits until the first pod can be made, on any node.
+    fn await_ready(&self, progress: Progress<'_>) -> Result<()> {
+        let mut last = String::new();
+        host::wait_until("every node is Ready", Duration::from_secs(90), || {
+            for service in self.nodes.iter().flat_map(Node::services) {
+                if service.pid().is_none() {
+                    bail!("{} has ended; {}", service.name, service.last_words());
+                }
+            }
+            let unready = self.unready()?;
+            if let Some(what) = unready.as_ref().filter(|what| **what != last) {
+                progress(what);
+                last.clone_from(what);
+            }
+            Ok(unready.is_none())
+        })?;
+        host::wait_until("every node reaches the API by its service", Duration::from_secs(60), || {
+            Ok(self.nodes.iter().all(Node::reaches_api))
+        })?;
+        progress(&format!("{} nodes are Ready", self.nodes.len()));
+        Ok(())
+    }
+}
+
+/// Does the same for every node, side by side; the first error counts.
+fn each(nodes: &[Node], task: impl Fn(&Node) -> Result<()> + Sync) -> Result<()> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = nodes.iter().map(|node| scope.spawn(|| task(node))).collect();
+        let results: Vec<Result<()>> = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("a thread panicked"))))
+            .collect();
+        results.into_iter().collect()
+    })
+}
+
+/// The directory of all clusters.
+fn clusters() -> Result<PathBuf> {
+    let dir = tools::cache()?.join("clusters");
+    // Nodes have their own of these: what lies below is out of their sight.
+    for hidden in ["/etc", "/run", "/var/lib", "/var/log", "/sys", "/proc"] {
+        if dir.starts_with(hidden) {
+            bail!(
+                "the cache {} is below {hidden}, which nodes do not see: set TOTE_CACHE to another place",
+                dir.display()
+            );
+        }
+    }
+    fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    Ok(dir)
+}
+
+/// The directory of one cluster.
+fn directory(name: &str) -> Result<PathBuf> {
+    Ok(clusters()?.join(name))
+}
+
+/// The branch of the cgroups of one cluster.
+fn branch(name: &str) -> String {
+    format!("tote-{name}")
+}
+
+/// One process at a time makes or removes a cluster of this name.
+fn lock(name: &str) -> Result<File> {
+    let file = File::create(clusters()?.join(format!(".{name}.lock")))?;
+    file.lock().with_context(|| format!("waiting for the lock of the cluster {name}"))?;
+    Ok(file)
+}
+
+/// Removes all that a cluster made; no error if there is nothing.
+fn remove(name: &str) -> Result<()> {
+    let (dir, cgroups, branch) = (directory(name)?, Cgroups::detect()?, branch(name));
+    cgroups.kill(&branch)?;
+    if let Ok(text) = fs::read(dir.join("cluster.json")) {
+        let state: State = serde_json::from_slice(&text).context("reading cluster.json")?;
+        state.network.remove()?;
+    }
+    cgroups.remove(&branch)?;
+    host::remove_tree(&dir)
+}
+
+fn check(options: &Options) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("a cluster needs root: it makes namespaces, mounts, links and cgroups");
+    }
+    check_name(&options.name)?;
+    if options.nodes.is_empty() || options.nodes.len() > 50 {
+        bail!("nodes: {} given; a cluster has 1 to 50", options.nodes.len());
+    }
+    for (index, node) in options.nodes.iter().enumerate() {
+        let name = &node.name;
+        let fits = name.len() <= 6 && name.starts_with(|c: char| c.is_ascii_lowercase());
+        if !fits || !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit()) {
+            bail!("node name {name:?}: use a letter and up to five more of a-z0-9");
+        }
+        if options.nodes[..index].iter().any(|other| other.name == *name) {
+            bail!("node name {name:?} is given twice");
+        }
+    }
+    Ok(())
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || name.len() > 20 || !name.chars().all(allowed) || name.starts_with('-') {
+        bail!("cluster name {name:?}: use up to 20 of a-z0-9-, a letter or digit first");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_cannot_name_links_or_directories_are_refused() {
+        for bad in ["", "-a", "A", "../x", "a/b", "a.b", "abcdefghijklmnopqrstu"] {
+            assert!(check_name(bad).is_err(), "{bad:?} was taken");
+        }
+        assert!(check_name("demo-2").is_ok());
+    }
+
+    #[test]
+    fn a_network_is_not_taken_twice() -> Result<()> {
+        let first = Network::pick(&[])?;
+        let second = Network::pick(&[first])?;
+        assert_ne!(first, second);
+        assert_ne!(first.gateway(), second.gateway());
+        Ok(())
+    }
+}
