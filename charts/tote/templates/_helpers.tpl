@@ -1,0 +1,35 @@
+{{/* Name of the controller and of all that belongs to the release; `tote` for a release called tote. */}}
+{{- define "tote.fullname" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tote.agent" -}}
+{{ include "tote.fullname" . }}-agent
+{{- end -}}
+
+{{/* Labels that select pods; a component's label comes with them. */}}
+{{- define "tote.selectorLabels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "tote.labels" -}}
+{{ include "tote.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: tote
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "tote.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+
+{{/* Port of config.metricsAddr. */}}
+{{- define "tote.metricsPort" -}}
+{{ regexFind "[0-9]+$" .Values.config.metricsAddr }}
+{{- end -}}

@@ -1,0 +1,115 @@
+//! The chart, as helm renders it without a cluster.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::Path;
+use std::process::Command;
+use tote_e2e::tools;
+
+/// Standard output of helm, or its standard error if it failed. `{}` stands for the chart's directory.
+fn helm(arguments: &[&str]) -> Result<String, String> {
+    let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/tote");
+    let arguments = arguments.iter().map(|a| a.replace("{}", chart.to_str().unwrap()));
+    let output = Command::new(tools::helm().unwrap()).args(arguments).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+fn template(values: &[&str]) -> Result<String, String> {
+    let mut arguments = vec!["template", "tote", "{}", "-n", "tote-system"];
+    for value in values {
+        arguments.extend(["--set", value]);
+    }
+    helm(&arguments)
+}
+
+/// Every value of values.yaml, set to something else, and what it must change in the output.
+const EVERY_VALUE: [(&str, &[&str]); 23] = [
+    ("image.repository=registry.corp:5000/ops/tote", &["\"registry.corp:5000/ops/tote:0.1.0\""]),
+    ("image.tag=0.9.9", &["\"localhost/tote:0.9.9\""]),
+    ("image.pullPolicy=Never", &["imagePullPolicy: Never"]),
+    ("imagePullSecrets[0].name=corp", &["imagePullSecrets:\n        - name: corp"]),
+    ("config.enabled=false", &["--enabled=false"]),
+    ("config.metricsAddr=127.0.0.1:9999", &["--metrics-addr=127.0.0.1:9999", "containerPort: 9999"]),
+    ("log.level=debug", &["value: \"debug\""]),
+    ("log.format=json", &["--log-format=json"]),
+    ("controller.replicas=2", &["replicas: 2"]),
+    ("controller.maxConcurrentSalvages=7", &["--max-concurrent-salvages=7"]),
+    ("controller.priorityClassName=mine", &["priorityClassName: mine"]),
+    ("controller.resources.limits.memory=99Mi", &["memory: 99Mi"]),
+    ("controller.nodeSelector.role=infra", &["role: infra"]),
+    ("controller.tolerations[0].key=infra", &["- key: infra"]),
+    ("controller.affinity.nodeAffinity.x=y", &["affinity:\n        nodeAffinity:\n          x: \"y\""]),
+    (
+        "agent.containerdSocket=/run/k3s/containerd/c.sock",
+        &[
+            "--containerd-socket=/run/k3s/containerd/c.sock",
+            "mountPath: /run/k3s/containerd\n",
+            "path: /run/k3s/containerd\n",
+        ],
+    ),
+    ("agent.maxBandwidth=50Mi", &["--max-bandwidth=50Mi"]),
+    ("agent.priorityClassName=mine", &["priorityClassName: mine"]),
+    ("agent.resources.limits.memory=98Mi", &["memory: 98Mi"]),
+    ("agent.nodeSelector.pool=a", &["pool: a"]),
+    ("agent.tolerations[0].key=only", &["- key: only"]),
+    ("agent.affinity.nodeAffinity.x=z", &["affinity:\n        nodeAffinity:\n          x: z"]),
+    ("agent.enabled=true", &["kind: DaemonSet"]),
+];
+
+#[test]
+fn helm_finds_no_fault_with_it() {
+    let said = helm(&["lint", "--strict", "{}"]).unwrap();
+    assert!(said.contains("0 chart(s) failed"), "{said}");
+    let all: Vec<&str> = EVERY_VALUE.iter().flat_map(|(value, _)| ["--set", value]).collect();
+    helm(&[&["lint", "--strict", "{}"], &all[..]].concat()).unwrap();
+}
+
+#[test]
+fn every_value_does_something() {
+    let default = template(&[]).unwrap();
+    for (value, expected) in EVERY_VALUE {
+        let output = template(&[value]).unwrap();
+        for text in expected {
+            assert!(output.contains(text), "{value} puts no {text:?} into\n{output}");
+            assert!(value == "agent.enabled=true" || !default.contains(text), "{text:?} is there by default");
+        }
+    }
+    let all: Vec<&str> = EVERY_VALUE.iter().map(|(value, _)| *value).collect();
+    template(&all).unwrap();
+    let without = template(&["agent.enabled=false"]).unwrap();
+    assert!(!without.contains("DaemonSet") && !without.contains("kind: Service\n"), "{without}");
+}
+
+#[test]
+fn the_names_that_people_type_hold() {
+    let output = template(&[]).unwrap();
+    let documents: Vec<&str> = output.split("\n---\n").collect();
+    for (kind, name) in
+        [("Deployment", "tote"), ("DaemonSet", "tote-agent"), ("Service", "tote-agent"), ("Lease", "tote")]
+    {
+        let is = |d: &&&str| {
+            d.contains(&format!("\nkind: {kind}\n")) && d.contains(&format!("\n  name: {name}\n"))
+        };
+        let found = documents.iter().filter(is).count();
+        assert_eq!(found, 1, "{kind} {name}");
+    }
+    assert!(output.contains("containerPort: 8080") && output.contains("port: 9090"), "{output}");
+    assert!(output.contains("image: \"localhost/tote:0.1.0\""), "the tag is the crates' version");
+}
+
+#[test]
+fn a_bad_value_is_refused_by_name() {
+    for (value, field) in [
+        ("agent.containerdSocket=containerd.sock", "containerdSocket"),
+        ("agent.maxBandwidth=fast", "maxBandwidth"),
+        ("config.metricsAddr=8080", "metricsAddr"),
+        ("config.enabled=perhaps", "enabled"),
+        ("controller.maxConcurrentSalvages=0", "maxConcurrentSalvages"),
+        ("controler.replicas=2", "controler"),
+        ("log.format=xml", "format"),
+    ] {
+        let error = template(&[value]).unwrap_err();
+        assert!(error.contains(field) && error.contains("schema"), "{value}: {error}");
+    }
+}
