@@ -4,7 +4,7 @@ CARGO ?= cargo
 export CARGO_TERM_PROGRESS_WHEN ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help test check lint clean
+.PHONY: help test check lint crds image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,13 @@ lint: ## formatting and lints, warnings denied
 	@e2e/tools.sh build
 	@$(CARGO) fmt --all -- --check
 	@$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+crds: ## write the CRDs again (config/crd, charts/tote/files/crds)
+	@$(CARGO) run -q -p tote-api --bin crdgen -- --write
+
+image: ## the operator's image: target/image/tote.tar, an OCI archive
+	@e2e/tools.sh build
+	@$(CARGO) run -q -p tote-e2e --bin mkimage
 
 clean: ## remove target/ (the cache of built programs stays)
 	@$(CARGO) clean

@@ -94,6 +94,11 @@ fn the_names_that_people_type_hold() {
         let found = documents.iter().filter(is).count();
         assert_eq!(found, 1, "{kind} {name}");
     }
+    let crd = documents.iter().find(|d| d.contains("\n  name: salvagejobs.tote.dev\n")).unwrap();
+    assert!(
+        crd.contains("helm.sh/resource-policy: keep"),
+        "an upgrade changes it, uninstalling leaves it: {crd}"
+    );
     assert!(output.contains("containerPort: 8080") && output.contains("port: 9090"), "{output}");
     assert!(output.contains("image: \"localhost/tote:0.1.0\""), "the tag is the crates' version");
 }

@@ -9,7 +9,7 @@ use crate::SalvageJob;
 
 /// Where the definition is committed, from the repository's root: for `kubectl apply`, and in the chart.
 pub const CRD_FILES: [&str; 2] =
-    ["config/crd/tote.dev_salvagejobs.yaml", "charts/tote/crds/tote.dev_salvagejobs.yaml"];
+    ["config/crd/tote.dev_salvagejobs.yaml", "charts/tote/files/crds/tote.dev_salvagejobs.yaml"];
 
 /// The definition of [`SalvageJob`], with what the derive cannot say: no field may be null (one with a rule
 /// on its presence would read as edited), and a status that no controller has written yet is Pending with
