@@ -42,7 +42,10 @@ done
 wants() { [[ -n ${want[$1]:-} ]]; }
 
 packages=()
-wants build && packages+=(protobuf-compiler gcc libc6-dev)
+if wants build; then
+  command -v protoc >/dev/null || packages+=(protobuf-compiler)
+  command -v cc >/dev/null || packages+=(gcc libc6-dev)
+fi
 wants containerd && packages+=(runc iproute2 util-linux)
 wants registry && packages+=(skopeo)
 wants cluster && packages+=(containernetworking-plugins iptables conntrack busybox-static ca-certificates)
@@ -57,10 +60,12 @@ check_machine() {
     os_id=$(. /etc/os-release && echo "${ID:-}")
     os_version=$(. /etc/os-release && echo "${VERSION_ID:-}")
   fi
-  [[ $os_id == debian && $os_version == 12 ]] ||
-    missing+=("Debian 12 (this is ${os_id:-an unknown system} ${os_version})")
-  [[ $(uname -m) == x86_64 ]] || missing+=("an x86_64 machine (this is $(uname -m))")
+  # Whoever only compiles may do so anywhere, with what is needed in PATH.
+  if [[ $os_id != debian || $os_version != 12 ]] && { needs_root || [[ ${#packages[@]} -gt 0 ]]; }; then
+    missing+=("Debian 12 (this is ${os_id:-an unknown system} $os_version)")
+  fi
   if needs_root; then
+    [[ $(uname -m) == x86_64 ]] || missing+=("an x86_64 machine (this is $(uname -m))")
     [[ $(id -u) == 0 ]] || missing+=("root (you are $(id -un)): namespaces, mounts and cgroups are made")
   fi
   command -v cargo >/dev/null || missing+=("cargo: install Rust, https://rustup.rs")
@@ -120,11 +125,12 @@ lock() {
   rm -rf "$cache"/.tmp.*
 }
 
-child='' scratch=''
+child='' scratch='' log=''
 cleanup() {
   trap - EXIT
   [[ -z $child ]] || kill "$child" 2>/dev/null || true
   [[ -z $scratch ]] || rm -rf "$scratch"
+  [[ -z $log ]] || rm -f "$log"
 }
 trap cleanup EXIT
 trap 'cleanup; exit 130' INT
@@ -133,7 +139,7 @@ trap 'cleanup; exit 143' TERM HUP
 # run WHAT COMMAND...: runs it with its output in a log, says every 15 seconds
 # that it is still at it, and shows the log's end if it fails.
 run() {
-  local what=$1 log begin=$SECONDS status=0 said=$SECONDS
+  local what=$1 begin=$SECONDS status=0 said=$SECONDS
   shift
   log=$(mktemp "$cache/.tmp.log.XXXXXX")
   say "$what"
@@ -150,10 +156,10 @@ run() {
   child=''
   if ((status != 0)); then
     tail -n 30 "$log" >&2
-    rm -f "$log"
     die "$what failed (exit status $status); its last lines are above"
   fi
   rm -f "$log"
+  log=''
   say "$what: done in $((SECONDS - begin)) s"
 }
 
@@ -290,6 +296,11 @@ programs
 mapfile -t absent < <(missing_packages)
 if [[ ${#todo[@]} -eq 0 && ${#absent[@]} -eq 0 ]]; then
   exit 0
+fi
+if [[ ${todo[*]} == *kubernetes* ]]; then
+  mkdir -p "$cache"
+  free=$(df --output=avail -B1G "$cache" | tail -1)
+  ((free >= 10)) || die "building Kubernetes takes 10 GB of disk with Go's caches, and $cache has $((free)) GB free"
 fi
 say "to do: ${absent[*]:+install ${absent[*]}; }${todo[*]:+build or unpack ${todo[*]} }into $cache"
 lock

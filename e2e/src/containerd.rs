@@ -28,6 +28,16 @@ impl fmt::Display for Snapshotter {
 /// The name of the image that every sandbox of a pod runs, imported by hand.
 pub const PAUSE: &str = "localhost/pause:e2e";
 
+/// Logged when CRI is about to answer, and when the socket is served; which
+/// comes first differs between the versions.
+const READY: [&str; 2] = ["Start streaming server", "containerd successfully booted"];
+
+/// Whether a containerd has come up, by what it has logged since its start.
+pub fn came_up(log: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(log);
+    READY.iter().all(|line| text.contains(line))
+}
+
 /// What differs between the daemons of the tests.
 #[derive(Debug)]
 pub struct Config<'a> {

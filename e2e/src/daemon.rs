@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 
-use crate::containerd::{Config, Snapshotter};
+use crate::containerd::{Config, Snapshotter, came_up};
 use crate::host;
 use crate::tools::{self, Containerd};
 
@@ -20,10 +20,6 @@ use crate::tools::{self, Containerd};
 const BASE: &str = "/tmp";
 /// How the names of their directories begin.
 const PREFIX: &str = "tote-containerd.";
-/// Logged when CRI is about to answer, and when the socket is served; which
-/// comes first differs between the versions.
-const READY: [&str; 2] = ["Start streaming server", "containerd successfully booted"];
-
 /// What a private containerd is to be.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -212,9 +208,7 @@ impl Daemon {
                 bail!("containerd has ended");
             }
             let text = fs::read(&log)?;
-            let new = text.get(usize::try_from(seen)?..).unwrap_or_default();
-            let new = String::from_utf8_lossy(new);
-            Ok(READY.iter().all(|line| new.contains(line)))
+            Ok(came_up(text.get(usize::try_from(seen)?..).unwrap_or_default()))
         });
         ready.with_context(|| format!("{}; its log ends so:\n{}", self.options.version, host::tail(&log, 20)))
     }

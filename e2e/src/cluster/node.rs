@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use super::files;
 use super::network::Network;
 use super::service::{Service, words};
-use crate::containerd::Snapshotter;
+use crate::containerd::{PAUSE, Snapshotter, came_up};
 use crate::host;
 use crate::tools::{self, Containerd};
 
@@ -194,14 +194,17 @@ impl Node {
         self.start_kubelet()
     }
 
-    /// Starts containerd and waits until it answers.
+    /// Starts containerd and waits until it answers, CRI included.
     ///
     /// # Errors
     /// It runs already, or does not come up.
     pub fn start_containerd(&self) -> Result<()> {
         let flags = ["--config".to_owned(), "/etc/containerd/config.toml".to_owned()];
+        let log = self.containerd.log();
+        let seen = fs::metadata(&log).map_or(0, |log| log.len());
         self.spawn(&self.containerd, &self.spec.containerd.bin()?.join("containerd"), &flags)?;
-        self.containerd.wait(LIMIT, || Ok(self.ctr(&["version"]).is_ok()))
+        self.containerd
+            .wait(LIMIT, || Ok(came_up(fs::read(&log)?.get(usize::try_from(seen)?..).unwrap_or_default())))
     }
 
     /// Ends containerd; containers go on.
@@ -269,7 +272,7 @@ impl Node {
         self.network.connect(self.name(), self.index, self.nodes, pid)?;
         self.start_containerd()?;
         self.load_image(pause)?;
-        self.ctr(&["images", "label", crate::containerd::PAUSE, "io.cri-containerd.pinned=pinned"]).map(drop)
+        self.ctr(&["images", "label", PAUSE, "io.cri-containerd.pinned=pinned"]).map(drop)
     }
 
     /// Starts kubelet and kube-proxy, without waiting for them.
