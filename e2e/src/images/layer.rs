@@ -89,7 +89,7 @@ impl Entry {
         Self::new(path, Kind::Symlink(target.to_owned()), 0o777)
     }
 
-    /// A hard link to another entry of the same or a lower layer.
+    /// A hard link to an earlier entry of the same layer.
     pub fn hardlink(path: &str, target: &str) -> Self {
         Self::new(path, Kind::Hardlink(target.trim_start_matches('/').to_owned()), 0o644)
     }

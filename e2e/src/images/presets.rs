@@ -1,11 +1,10 @@
-//! The images that scenarios use, by name. Each takes a seed that goes into its lowest layer, so that every
-//! digest and every chainID differs between tests and between runs.
+//! The images that scenarios use, by name. Each takes a seed that goes, with the image's name, into its lowest layer,
+//! so that every digest and every chainID differs between images, tests and runs.
 
 use super::elf::needs_loader;
 use super::{Build, BuildIndex, Compression, Entry, Image, Layer, Layout, MediaTypes, Platform, debian};
 use crate::tools;
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::json;
 
 /// Names that [`preset`] knows.
 pub const PRESETS: [&str; 9] = [
@@ -75,6 +74,7 @@ pub fn tiny(layout: &Layout, seed: &str) -> Result<Image> {
 /// # Errors
 /// As [`busybox`], or if the layers number none.
 pub fn sized(layout: &Layout, seed: &str, bytes: u64, layers: u64) -> Result<Image> {
+    let seed = &format!("random-{bytes}-{layers} {seed}");
     ensure!(layers > 0, "an image of random bytes needs at least one layer for them");
     let mut build = Build::new().layer(busybox(seed, Compression::Gzip)?);
     for i in 0..layers {
@@ -105,6 +105,7 @@ fn both(seed: &str) -> Result<Vec<Build>> {
 /// # Errors
 /// As [`busybox`].
 pub fn two_platforms(layout: &Layout, seed: &str) -> Result<Image> {
+    let seed = &format!("two-platforms {seed}");
     BuildIndex::new(both(seed)?).write(layout)
 }
 
@@ -113,6 +114,7 @@ pub fn two_platforms(layout: &Layout, seed: &str) -> Result<Image> {
 /// # Errors
 /// As [`busybox`].
 pub fn attested(layout: &Layout, seed: &str) -> Result<Image> {
+    let seed = &format!("attested {seed}");
     BuildIndex::new(both(seed)?).attested().write(layout)
 }
 
@@ -121,6 +123,7 @@ pub fn attested(layout: &Layout, seed: &str) -> Result<Image> {
 /// # Errors
 /// As [`busybox`].
 pub fn docker(layout: &Layout, seed: &str) -> Result<Image> {
+    let seed = &format!("docker {seed}");
     let build = Build::new()
         .media_types(MediaTypes::Docker)
         .layer(busybox(seed, Compression::Gzip)?)
@@ -133,6 +136,7 @@ pub fn docker(layout: &Layout, seed: &str) -> Result<Image> {
 /// # Errors
 /// As [`busybox`].
 pub fn many_layers(layout: &Layout, seed: &str) -> Result<Image> {
+    let seed = &format!("many-layers {seed}");
     let twice = random("twice", MIB / 4, seed);
     let mut build = Build::new().layer(busybox(seed, Compression::Gzip)?);
     for i in 2..=20 {
@@ -151,6 +155,7 @@ pub fn many_layers(layout: &Layout, seed: &str) -> Result<Image> {
 /// # Errors
 /// As [`busybox`].
 pub fn awkward(layout: &Layout, seed: &str) -> Result<Image> {
+    let seed = &format!("awkward {seed}");
     // struct vfs_cap_data, revision 2, effective, CAP_NET_BIND_SERVICE permitted (linux/capability.h).
     let capability =
         [0x0200_0001_u32, 1 << 10, 0, 0, 0].iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<_>>();
@@ -197,6 +202,8 @@ pub fn awkward(layout: &Layout, seed: &str) -> Result<Image> {
     let above = Layer::new(Compression::Gzip).with_all([
         Entry::directory("data").mode(0o750).owner(1000, 2000),
         Entry::file("data/removed", "back again"),
+        // A link to a file of a lower layer brings the file along: overlayfs applies a layer by itself.
+        Entry::file("data/opaque/above", "the only file here"),
         Entry::hardlink("data/above-again", "data/opaque/above"),
     ]);
     Build::new().layer(below).layer(middle).layer(above).write(layout)
@@ -207,7 +214,7 @@ pub fn awkward(layout: &Layout, seed: &str) -> Result<Image> {
 /// # Errors
 /// As [`debian()`].
 pub fn debian_gzip(layout: &Layout, seed: &str) -> Result<Image> {
-    debian(&tools::cache()?)?.image(layout, Compression::Gzip, seed)
+    debian(&tools::cache()?)?.image(layout, Compression::Gzip, &format!("gzip {seed}"))
 }
 
 /// The same root file system in zstd layers.
@@ -215,7 +222,7 @@ pub fn debian_gzip(layout: &Layout, seed: &str) -> Result<Image> {
 /// # Errors
 /// As [`debian()`].
 pub fn debian_zstd(layout: &Layout, seed: &str) -> Result<Image> {
-    debian(&tools::cache()?)?.image(layout, Compression::Zstd, seed)
+    debian(&tools::cache()?)?.image(layout, Compression::Zstd, &format!("zstd {seed}"))
 }
 
 /// The sandbox image of a test node: one small layer, no seed, so that it is the same on every node and run.
@@ -223,6 +230,5 @@ pub fn debian_zstd(layout: &Layout, seed: &str) -> Result<Image> {
 /// # Errors
 /// As [`busybox`].
 pub fn pause(layout: &Layout) -> Result<Image> {
-    let cmd = json!(["/bin/busybox", "sleep", "infinity"]);
-    Build::new().layer(busybox("pause", Compression::Gzip)?).config("Entrypoint", cmd).write(layout)
+    Build::new().layer(busybox("pause", Compression::Gzip)?).write(layout)
 }
