@@ -1,3 +1,19 @@
 //! The controller: watches, decides, drives agents. Must not know containerd.
+//!
+//! watch -> facts -> decide (pure) -> perform. `run` wires it.
 
+pub mod backoff;
+pub mod decide;
+pub mod detect;
+pub mod fleet;
+pub mod http;
 pub mod leader;
+pub mod metrics;
+pub mod perform;
+pub mod resolve;
+pub mod run;
+pub mod salvage;
+pub mod text;
+pub mod transfer;
+pub mod watch;
+pub mod world;

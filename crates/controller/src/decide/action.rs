@@ -1,0 +1,148 @@
+//! What the controller does to the world, as values.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tote_api::SalvageJobStatus;
+use tote_image::Digest;
+
+use crate::fleet::NodeName;
+use crate::salvage::Source;
+
+/// An effect.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Create a `SalvageJob`; one of that name that exists is as good.
+    CreateJob(NewJob),
+    /// Delete a job, if it is still the one of this UID.
+    DeleteJob {
+        /// Namespace.
+        namespace: Arc<str>,
+        /// Name.
+        name: Arc<str>,
+        /// UID.
+        uid: Arc<str>,
+    },
+    /// Write a job's status.
+    WriteStatus {
+        /// Namespace.
+        namespace: Arc<str>,
+        /// Name.
+        name: Arc<str>,
+        /// UID.
+        uid: Arc<str>,
+        /// What the API server has.
+        before: Box<SalvageJobStatus>,
+        /// What it should have.
+        status: Box<SalvageJobStatus>,
+    },
+    /// Start a transfer or attach to it, in the place of the job's former stream if there is one.
+    Import {
+        /// The job's UID.
+        uid: Arc<str>,
+        /// Comes back with every event of this stream.
+        stream: u64,
+        /// The target.
+        node: NodeName,
+        /// Name of the transfer.
+        transfer_id: String,
+        /// The record to make.
+        reference: String,
+        /// Its target.
+        digest: Digest,
+        /// Where blobs are to be had.
+        sources: Vec<Source>,
+    },
+    /// Let go of a job's stream without ending the transfer.
+    Detach {
+        /// The job's UID.
+        uid: Arc<str>,
+    },
+    /// Let go of a job's stream and end the transfer.
+    Cancel {
+        /// The job's UID.
+        uid: Arc<str>,
+        /// The target.
+        node: NodeName,
+        /// Name of the transfer.
+        transfer_id: String,
+    },
+    /// Annotate a pod so that kubelet looks at it.
+    WakePod {
+        /// Namespace.
+        namespace: Arc<str>,
+        /// Name.
+        name: Arc<str>,
+        /// UID: another pod of that name is not meant.
+        uid: Arc<str>,
+        /// To be set.
+        annotations: BTreeMap<String, String>,
+    },
+    /// Write an event.
+    Tell {
+        /// About what.
+        about: About,
+        /// Whether it is a warning.
+        warning: bool,
+        /// CamelCase.
+        reason: String,
+        /// What was tried; tells events of one reason apart.
+        action: &'static str,
+        /// At most 1024 bytes.
+        note: String,
+    },
+    /// Count.
+    Count(Count),
+}
+
+/// A job to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewJob {
+    /// Its name without the counter.
+    pub base: String,
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: String,
+    /// The image as the pod writes it.
+    pub image: Arc<str>,
+    /// What it was resolved to.
+    pub digest: Digest,
+    /// The node that waits for it.
+    pub node: NodeName,
+}
+
+/// The object that an event is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct About {
+    /// `Pod` or `SalvageJob`.
+    pub kind: &'static str,
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+    /// UID.
+    pub uid: Arc<str>,
+    /// `spec.containers{web}`, or empty.
+    pub field_path: String,
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Count {
+    /// A pod that waits for an image, once for each image.
+    Detected,
+    /// An image that a job was made for.
+    Salvageable,
+    /// An image that cannot be had.
+    NotActionable,
+    /// A transfer was begun.
+    Attempt,
+    /// A job is Imported; seconds since it began, bytes moved.
+    Success(Duration, u64),
+    /// A job is Failed.
+    Failure,
+    /// A pod was woken.
+    Wake,
+}

@@ -1,0 +1,113 @@
+//! What happens to the controller.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use tote_api::SalvageJob;
+
+use crate::detect::{Consent, WaitingPod};
+use crate::fleet::{FleetEvent, NodeName};
+use crate::salvage::Progress;
+
+/// What is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum Kind {
+    Pods,
+    Namespaces,
+    Nodes,
+    Jobs,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Pods, Self::Namespaces, Self::Nodes, Self::Jobs];
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Event {
+    /// A pod was seen; `None` if it waits for no image or is gone.
+    Pod {
+        /// Its UID.
+        uid: Arc<str>,
+        /// What it waits for.
+        waiting: Option<WaitingPod>,
+    },
+    /// A namespace was seen, or is gone.
+    Namespace {
+        /// Its name.
+        name: Arc<str>,
+        /// What it says; `None` if it is gone.
+        consent: Option<Consent>,
+    },
+    /// A node was seen, or is gone.
+    Node {
+        /// Its name.
+        name: NodeName,
+        /// Its UID; `None` if it is gone.
+        uid: Option<Arc<str>>,
+    },
+    /// A job was seen.
+    Job(Box<SalvageJob>),
+    /// A job is gone.
+    JobGone {
+        /// Its UID.
+        uid: Arc<str>,
+    },
+    /// A watch has told all there is: UIDs of pods and jobs, names of namespaces and nodes.
+    Listed(Kind, HashSet<Arc<str>>),
+    /// A session tells something.
+    Fleet(FleetEvent),
+    /// A transfer tells something.
+    Transfer {
+        /// The job's UID.
+        uid: Arc<str>,
+        /// The stream it comes from.
+        stream: u64,
+        /// What.
+        event: TransferEvent,
+    },
+    /// A job was asked for.
+    Created {
+        /// Its name without the counter.
+        base: String,
+        /// Whether there is one now; it was seen before this event.
+        ok: bool,
+    },
+    /// A status was written, or not.
+    StatusWritten {
+        /// The job's UID.
+        uid: Arc<str>,
+        /// Whether the API server has it.
+        ok: bool,
+    },
+    /// A job could not be deleted.
+    DeleteFailed {
+        /// The job's UID.
+        uid: Arc<str>,
+    },
+}
+
+/// What a transfer tells.
+#[derive(Clone, Debug)]
+pub enum TransferEvent {
+    /// How far it is.
+    Progress(Progress),
+    /// The image is on the node and CRI answers for it.
+    Done(Progress),
+    /// The agent gave up.
+    Failed {
+        /// CamelCase.
+        reason: &'static str,
+        /// For a person.
+        message: String,
+        /// Whether another attempt may succeed.
+        retryable: bool,
+    },
+    /// The stream broke, or could not be opened: the transfer may be running nevertheless.
+    Lost {
+        /// Why.
+        message: String,
+    },
+}

@@ -1,0 +1,188 @@
+//! The state of the controller: takes in events, gives out actions. No effects, no clock of its own.
+//!
+//! `pods` decides over pods that wait, `jobs` over `SalvageJob`s; both only from what is known here.
+
+mod action;
+mod event;
+mod jobs;
+mod pods;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use tote_api::Phase;
+use tote_image::Reference;
+
+pub use action::{About, Action, Count, NewJob};
+pub use event::{Event, Kind, TransferEvent};
+
+use crate::detect::WaitingPod;
+use crate::salvage::{Job, Limits};
+use crate::world::World;
+use jobs::Book;
+use pods::PodEntry;
+
+/// What the operator's flags set.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// The kill switch: false, and nothing is created, moved or woken.
+    pub enabled: bool,
+    /// Bounds of what runs at once.
+    pub limits: Limits,
+}
+
+/// All that is known.
+pub struct State {
+    policy: Policy,
+    world: World,
+    pods: BTreeMap<Arc<str>, PodEntry>,
+    jobs: BTreeMap<Arc<str>, (Job, Book)>,
+    /// UIDs of jobs by node and image.
+    by_image: HashMap<(String, Reference), BTreeSet<Arc<str>>>,
+    /// Jobs asked for and not seen yet, by base name; when to stop waiting for the answer.
+    creating: HashMap<String, Timestamp>,
+    synced: HashSet<Kind>,
+    streams: u64,
+    actions: Vec<Action>,
+}
+
+/// What to do now, and when to ask again although nothing happened.
+#[derive(Debug)]
+pub struct Decision {
+    /// To be performed in this order.
+    pub actions: Vec<Action>,
+    /// When time alone makes a difference.
+    pub again: Option<Timestamp>,
+}
+
+impl State {
+    /// Nothing known yet.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            world: World::new(policy.enabled),
+            pods: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            by_image: HashMap::new(),
+            creating: HashMap::new(),
+            synced: HashSet::new(),
+            streams: 0,
+            actions: Vec::new(),
+        }
+    }
+
+    /// Whether every watch has told its first list.
+    pub fn is_synced(&self) -> bool {
+        Kind::ALL.iter().all(|kind| self.synced.contains(kind))
+    }
+
+    /// Jobs by phase, nodes with a session, distinct images, pods that wait.
+    pub fn figures(&self) -> Figures {
+        let mut jobs = [0; 4];
+        for (job, _) in self.jobs.values() {
+            jobs[job.phase() as usize] += 1;
+        }
+        Figures {
+            jobs,
+            nodes_up: self.world.fleet.nodes_up(),
+            images: self.world.fleet.images(),
+            waiting: self.pods.len(),
+        }
+    }
+
+    /// Takes in what happened.
+    pub fn apply(&mut self, event: Event, now: Timestamp) {
+        match event {
+            Event::Pod { uid, waiting } => self.apply_pod(uid, waiting),
+            Event::Namespace { name, consent: Some(consent) } => {
+                self.world.namespaces.insert(name, consent);
+            }
+            Event::Namespace { name, consent: None } => {
+                self.world.namespaces.remove(&name);
+            }
+            Event::Node { name, uid: Some(uid) } => {
+                self.world.nodes.insert(name, uid);
+            }
+            Event::Node { name, uid: None } => {
+                self.world.nodes.remove(&name);
+            }
+            Event::Job(job) => self.apply_job(*job),
+            Event::JobGone { uid } => self.job_gone(&uid),
+            Event::Listed(kind, seen) => self.listed(kind, &seen),
+            Event::Fleet(event) => self.world.apply_fleet(event, now),
+            Event::Transfer { uid, stream, event } => self.apply_transfer(&uid, stream, event, now),
+            Event::Created { base, ok } => {
+                if ok {
+                    self.creating.remove(&base);
+                } else {
+                    self.creating.insert(base, crate::salvage::after(now, 2));
+                }
+            }
+            Event::StatusWritten { uid, ok } => self.status_written(&uid, ok, now),
+            Event::DeleteFailed { uid } => self.delete_failed(&uid, now),
+        }
+    }
+
+    /// What to do about all of it.
+    pub fn decide(&mut self, now: Timestamp) -> Decision {
+        let mut again = None;
+        if self.is_synced() {
+            self.creating.retain(|_, until| *until > now);
+            self.decide_pods(now, &mut again);
+            self.decide_jobs(now, &mut again);
+        }
+        Decision { actions: std::mem::take(&mut self.actions), again }
+    }
+
+    fn apply_pod(&mut self, uid: Arc<str>, waiting: Option<WaitingPod>) {
+        match waiting {
+            None => {
+                self.pods.remove(&uid);
+            }
+            Some(pod) => match self.pods.get_mut(&uid) {
+                Some(entry) => entry.pod = pod,
+                None => {
+                    self.pods.insert(uid, PodEntry::new(pod));
+                }
+            },
+        }
+    }
+
+    /// A watch began anew and has told all there is: the rest is gone.
+    fn listed(&mut self, kind: Kind, seen: &HashSet<Arc<str>>) {
+        self.synced.insert(kind);
+        match kind {
+            Kind::Pods => self.pods.retain(|uid, _| seen.contains(uid)),
+            Kind::Namespaces => self.world.namespaces.retain(|name, _| seen.contains(name)),
+            Kind::Nodes => self.world.nodes.retain(|name, _| seen.contains(name)),
+            Kind::Jobs => {
+                let gone: Vec<_> = self.jobs.keys().filter(|uid| !seen.contains(*uid)).cloned().collect();
+                for uid in gone {
+                    self.job_gone(&uid);
+                }
+            }
+        }
+    }
+}
+
+/// Numbers for the gauges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Figures {
+    /// By [`Phase`], in its order.
+    pub jobs: [usize; 4],
+    /// Nodes whose agent has a session.
+    pub nodes_up: usize,
+    /// Distinct images of the fleet.
+    pub images: usize,
+    /// Pods that wait for an image.
+    pub waiting: usize,
+}
+
+const _: () = assert!(Phase::Pending as usize == 0 && Phase::Failed as usize == 3);
+
+fn sooner(again: &mut Option<Timestamp>, at: Timestamp) {
+    *again = Some(again.map_or(at, |known| known.min(at)));
+}

@@ -1,0 +1,323 @@
+//! The index of what every node holds: by node, by digest, by name. Pure.
+//!
+//! Images are interned: five thousand nodes that hold the same image share one entry.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use tote_image::{Digest, Platform};
+use tote_rpc::v1;
+
+/// Name of a Node.
+pub type NodeName = Arc<str>;
+
+/// All image records of a node with one target.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Image {
+    /// Digest of the index or manifest that the records point at.
+    pub target: Digest,
+    /// Names of the records.
+    pub names: Vec<Arc<str>>,
+    /// The manifests below (or equal to) the target that the node has.
+    pub manifests: Vec<Manifest>,
+}
+
+/// A platform's manifest on a node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Manifest {
+    /// Its digest.
+    pub digest: Digest,
+    /// The platform it is for.
+    pub platform: Platform,
+    /// Whether config and layers are all there.
+    pub complete: bool,
+}
+
+/// A node whose agent has a session.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// `ip:port` of its agent.
+    pub address: String,
+    /// The node's platform.
+    pub platform: Platform,
+    /// Why it cannot be a target at present; empty when it can.
+    pub problem: String,
+    images: HashMap<Digest, Arc<Image>>,
+}
+
+/// How a node holds a digest, as seen by a node of some platform.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Holder {
+    /// With every blob of a manifest that suits the platform.
+    Complete,
+    /// A manifest suits the platform, but blobs are missing.
+    Incomplete,
+    /// No manifest that it has suits the platform.
+    OtherPlatform,
+}
+
+/// The fleet's inventory.
+#[derive(Debug, Default)]
+pub struct Inventory {
+    nodes: BTreeMap<NodeName, Node>,
+    /// By digest of target and of manifest: the nodes, each with the target below which it is found.
+    by_digest: HashMap<Digest, BTreeSet<(NodeName, Digest)>>,
+    /// By record name: what each node means by it.
+    by_name: HashMap<Arc<str>, BTreeMap<NodeName, Digest>>,
+    interned: HashSet<Arc<Image>>,
+}
+
+impl Image {
+    /// Takes an agent's word for an image; one with a malformed digest is nobody's.
+    pub fn from_wire(image: &v1::Image) -> Option<Self> {
+        let platform = |p: Option<&v1::Platform>| {
+            p.map_or_else(|| Platform::new("", "", ""), |p| Platform::new(&p.os, &p.architecture, &p.variant))
+        };
+        Some(Self {
+            target: image.target.as_ref()?.digest.parse().ok()?,
+            names: image.names.iter().map(|name| name.as_str().into()).collect(),
+            manifests: image
+                .manifests
+                .iter()
+                .filter_map(|m| {
+                    Some(Manifest {
+                        digest: m.digest.parse().ok()?,
+                        platform: platform(m.platform.as_ref()),
+                        complete: m.complete,
+                    })
+                })
+                .collect(),
+        })
+    }
+
+    fn held(&self, digest: &Digest, platform: Option<&Platform>) -> Holder {
+        self.manifests
+            .iter()
+            .filter(|m| self.target == *digest || m.digest == *digest)
+            .map(|m| match platform {
+                Some(platform) if platform.rank(&m.platform).is_none() => Holder::OtherPlatform,
+                _ if m.complete => Holder::Complete,
+                _ => Holder::Incomplete,
+            })
+            .min()
+            .unwrap_or(Holder::Incomplete)
+    }
+}
+
+impl Inventory {
+    /// A node's session stands: replaces all that was known of it.
+    pub fn up(&mut self, name: &NodeName, address: String, platform: Platform, problem: String) {
+        self.down(name);
+        self.nodes.insert(name.clone(), Node { address, platform, problem, images: HashMap::new() });
+    }
+
+    /// A node's session ended: what it holds is out of reach.
+    pub fn down(&mut self, name: &NodeName) {
+        let Some(node) = self.nodes.remove(name) else { return };
+        for image in node.images.into_values() {
+            self.unindex(name, &image);
+        }
+    }
+
+    /// A node's records of one target changed. Ignored for a node without a session.
+    pub fn upsert(&mut self, name: &NodeName, image: Image) {
+        if !self.nodes.contains_key(name) {
+            return;
+        }
+        self.remove(name, &image.target);
+        let image = if let Some(known) = self.interned.get(&image) {
+            known.clone()
+        } else {
+            let image = Arc::new(image);
+            self.interned.insert(image.clone());
+            image
+        };
+        for digest in digests(&image) {
+            let holders = self.by_digest.entry(digest.clone()).or_default();
+            holders.insert((name.clone(), image.target.clone()));
+        }
+        for record in records(&image) {
+            let meanings = self.by_name.entry(record.clone()).or_default();
+            meanings.insert(name.clone(), image.target.clone());
+        }
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.images.insert(image.target.clone(), image);
+        }
+    }
+
+    /// No record of the node points at this target any more.
+    pub fn remove(&mut self, name: &NodeName, target: &Digest) {
+        let image = self.nodes.get_mut(name).and_then(|node| node.images.remove(target));
+        if let Some(image) = image {
+            self.unindex(name, &image);
+        }
+    }
+
+    fn unindex(&mut self, name: &NodeName, image: &Arc<Image>) {
+        for digest in digests(image) {
+            if let Some(holders) = self.by_digest.get_mut(digest) {
+                holders.remove(&(name.clone(), image.target.clone()));
+                if holders.is_empty() {
+                    self.by_digest.remove(digest);
+                }
+            }
+        }
+        for record in records(image) {
+            if let Some(meanings) = self.by_name.get_mut(record) {
+                // The record may point at another target by now.
+                if meanings.get(name) == Some(&image.target) {
+                    meanings.remove(name);
+                }
+                if meanings.is_empty() {
+                    self.by_name.remove(record);
+                }
+            }
+        }
+        if Arc::strong_count(image) <= 2 {
+            self.interned.remove(image);
+        }
+    }
+
+    /// The node, if its agent has a session.
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name)
+    }
+
+    /// Whether the node's agent has a session.
+    pub fn is_up(&self, name: &str) -> bool {
+        self.nodes.contains_key(name)
+    }
+
+    /// Number of nodes with a session.
+    pub fn nodes_up(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Number of distinct images of the fleet.
+    pub fn images(&self) -> usize {
+        self.interned.len()
+    }
+
+    /// What each node means by the record `name`.
+    pub fn meanings(&self, name: &str) -> impl Iterator<Item = (&NodeName, &Digest)> {
+        self.by_name.get(name).into_iter().flatten()
+    }
+
+    /// How the nodes hold `digest` (of an index or a manifest), for a node of `platform`; if that is not
+    /// known, any platform will do.
+    pub fn holders(&self, digest: &Digest, platform: Option<&Platform>) -> BTreeMap<NodeName, Holder> {
+        let mut holders = BTreeMap::new();
+        for (name, target) in self.by_digest.get(digest).into_iter().flatten() {
+            let Some(image) = self.nodes.get(name).and_then(|node| node.images.get(target)) else { continue };
+            let held = image.held(digest, platform);
+            holders.entry(name.clone()).and_modify(|known| *known = held.min(*known)).or_insert(held);
+        }
+        holders
+    }
+
+    /// Names of the records, other than config IDs, under which a node has `digest`.
+    pub fn names_on(&self, node: &str, digest: &Digest) -> Vec<Arc<str>> {
+        let image = self.nodes.get(node).and_then(|node| node.images.get(digest));
+        image.map(|image| records(image).cloned().collect()).unwrap_or_default()
+    }
+
+    /// The target of the record `name` on a node, if the image behind it is complete for that node.
+    pub fn present(&self, node_name: &str, name: &str) -> Option<&Digest> {
+        let node = self.nodes.get(node_name)?;
+        let target = self.by_name.get(name)?.get(node_name)?;
+        let image = node.images.get(target)?;
+        (image.held(target, Some(&node.platform)) == Holder::Complete).then_some(target)
+    }
+}
+
+fn digests(image: &Image) -> impl Iterator<Item = &Digest> {
+    let below = image.manifests.iter().map(|m| &m.digest).filter(|digest| **digest != image.target);
+    std::iter::once(&image.target).chain(below)
+}
+
+/// The records that bear a reference: CRI's own record of the config ID is none.
+fn records(image: &Image) -> impl Iterator<Item = &Arc<str>> {
+    image.names.iter().filter(|name| !name.starts_with("sha256:"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(n: u8) -> Digest {
+        Digest::sha256(&[n])
+    }
+
+    fn image(target: u8, names: &[&str], complete: bool) -> Image {
+        Image {
+            target: digest(target),
+            names: names.iter().map(|&n| n.into()).collect(),
+            manifests: vec![Manifest {
+                digest: digest(target + 100),
+                platform: Platform::new("linux", "amd64", ""),
+                complete,
+            }],
+        }
+    }
+
+    fn fleet(names: &[&str]) -> Inventory {
+        let mut inventory = Inventory::default();
+        for name in names {
+            let platform = Platform::new("linux", "amd64", "");
+            inventory.up(&(*name).into(), "10.0.0.1:9090".into(), platform, String::new());
+        }
+        inventory
+    }
+
+    #[test]
+    fn finds_by_target_and_by_manifest() {
+        let mut f = fleet(&["a", "b"]);
+        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
+        f.upsert(&"b".into(), image(1, &["r/x:1"], false));
+        let amd64 = Platform::new("linux", "amd64", "");
+        let arm64 = Platform::new("linux", "arm64", "");
+        for wanted in [digest(1), digest(101)] {
+            let held = f.holders(&wanted, Some(&amd64));
+            assert_eq!(held[&NodeName::from("a")], Holder::Complete);
+            assert_eq!(held[&NodeName::from("b")], Holder::Incomplete);
+            assert_eq!(f.holders(&wanted, Some(&arm64))[&NodeName::from("a")], Holder::OtherPlatform);
+        }
+        assert_eq!(f.present("a", "r/x:1"), Some(&digest(1)));
+        assert_eq!(f.present("b", "r/x:1"), None, "incomplete is not present");
+    }
+
+    #[test]
+    fn forgets_what_went() {
+        let mut f = fleet(&["a", "b"]);
+        for node in ["a", "b"] {
+            f.upsert(&node.into(), image(1, &["r/x:1", "sha256:abc"], true));
+        }
+        assert_eq!(f.images(), 1, "interned");
+        assert_eq!(f.meanings("sha256:abc").count(), 0, "a config ID is no name");
+        f.remove(&"a".into(), &digest(1));
+        assert_eq!(f.holders(&digest(1), None).len(), 1);
+        f.down(&"b".into());
+        assert_eq!(f.holders(&digest(1), None).len(), 0);
+        assert_eq!(f.meanings("r/x:1").count(), 0);
+        assert_eq!((f.images(), f.nodes_up()), (0, 1));
+        assert!(f.by_digest.is_empty() && f.by_name.is_empty());
+    }
+
+    #[test]
+    fn a_name_that_moved_means_the_new_target_in_either_order() {
+        let mut f = fleet(&["a"]);
+        let a: NodeName = "a".into();
+        f.upsert(&a, image(1, &["r/x:1"], true));
+        f.upsert(&a, image(2, &["r/x:1"], true));
+        f.remove(&a, &digest(1));
+        let meaning: Vec<_> = f.meanings("r/x:1").collect();
+        assert_eq!(meaning, vec![(&a, &digest(2))]);
+    }
+
+    #[test]
+    fn a_node_without_a_session_says_nothing() {
+        let mut f = fleet(&[]);
+        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
+        assert_eq!(f.images(), 0);
+    }
+}

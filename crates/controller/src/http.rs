@@ -1,0 +1,92 @@
+//! /metrics, /healthz and /readyz.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::Metrics;
+
+/// A replica that does not lead after this long stands by.
+const STANDBY_AFTER: Duration = Duration::from_secs(5);
+
+/// What the probes ask.
+pub struct Health {
+    started: Instant,
+    leading: AtomicBool,
+    synced: AtomicBool,
+    /// What /metrics answers.
+    pub metrics: Metrics,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            leading: AtomicBool::new(false),
+            synced: AtomicBool::new(false),
+            metrics: Metrics::default(),
+        }
+    }
+}
+
+impl Health {
+    /// Whether this replica leads; not synced yet if it has just begun.
+    pub fn set_leading(&self, leading: bool) {
+        self.synced.store(false, Ordering::Relaxed);
+        self.leading.store(leading, Ordering::Relaxed);
+        self.metrics.leading(leading);
+    }
+
+    /// Every watch has told its first list.
+    pub fn set_synced(&self) {
+        self.synced.store(true, Ordering::Relaxed);
+    }
+
+    /// Leading with all lists known, or standing by.
+    fn is_ready(&self) -> bool {
+        if self.leading.load(Ordering::Relaxed) {
+            self.synced.load(Ordering::Relaxed)
+        } else {
+            self.started.elapsed() > STANDBY_AFTER
+        }
+    }
+}
+
+/// Serves until `stop`.
+pub async fn serve(listener: TcpListener, health: Arc<Health>, stop: CancellationToken) {
+    let app = Router::new()
+        .route("/healthz", get(|| async { "ok" }))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(health);
+    let served = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await;
+    if let Err(error) = served {
+        tracing::error!(%error, "the metrics server ended");
+    }
+}
+
+async fn ready(State(health): State<Arc<Health>>) -> Response {
+    if health.is_ready() {
+        "ok".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "waiting for the first lists of the API server").into_response()
+    }
+}
+
+async fn metrics(State(health): State<Arc<Health>>) -> Response {
+    match health.metrics.text() {
+        Ok(text) => {
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, kind)], text).into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}

@@ -1,0 +1,291 @@
+//! The one place where the controller acts on the world. Nothing is decided here.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{ObjectReference, Pod};
+use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
+use kube::runtime::events::{Event as Told, EventType, Recorder, Reporter};
+use kube::{Api, Client};
+use serde_json::{Value, json};
+use thiserror::Error;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
+use tote_api::{SalvageJob, SalvageJobSpec, SalvageJobStatus, names};
+use tote_rpc::v1;
+
+use crate::decide::{About, Action, Event, NewJob};
+use crate::fleet::Agents;
+use crate::http::Health;
+use crate::transfer;
+
+/// How long one call of the API server may take.
+const CALL: Duration = Duration::from_secs(10);
+
+/// Calls of the API server at once.
+const CALLS_AT_ONCE: usize = 32;
+
+/// A job of detection is kept for a week after its end, and waits for an hour at most, in seconds.
+const TTL: i64 = 168 * 3600;
+const PENDING_DEADLINE: i64 = 3600;
+
+/// Why a call had no effect.
+#[derive(Debug, Error)]
+enum CallError {
+    #[error(transparent)]
+    Kube(#[from] kube::Error),
+    #[error("the API server did not answer within {CALL:?}")]
+    Deadline,
+}
+
+impl CallError {
+    fn is_gone(&self) -> bool {
+        matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict())
+    }
+}
+
+/// Performs actions, each in a task of its own; what comes of it comes back as events.
+pub struct Performer {
+    client: Client,
+    recorder: Recorder,
+    agents: Agents,
+    term: v1::Term,
+    events: mpsc::Sender<Event>,
+    health: Arc<Health>,
+    calls: Arc<Semaphore>,
+    streams: HashMap<Arc<str>, AbortHandle>,
+    tasks: JoinSet<()>,
+}
+
+impl Performer {
+    /// Acts for a term; everything under way ends when it is dropped.
+    pub fn new(
+        client: Client,
+        me: &str,
+        agents: Agents,
+        term: v1::Term,
+        events: mpsc::Sender<Event>,
+        health: Arc<Health>,
+    ) -> Self {
+        let reporter = Reporter { controller: names::MANAGER.to_owned(), instance: Some(me.to_owned()) };
+        Self {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            agents,
+            term,
+            events,
+            health,
+            calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
+            streams: HashMap::new(),
+            tasks: JoinSet::new(),
+        }
+    }
+
+    /// Starts an effect.
+    pub fn perform(&mut self, action: Action) {
+        while self.tasks.try_join_next().is_some() {}
+        self.streams.retain(|_, stream| !stream.is_finished());
+        match action {
+            Action::Count(count) => self.health.metrics.count(count),
+            Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
+                let sources = sources
+                    .into_iter()
+                    .map(|source| v1::Source { node_name: source.node.to_string(), address: source.address });
+                let request = v1::ImportRequest {
+                    term: Some(self.term.clone()),
+                    transfer_id,
+                    reference,
+                    digest: digest.to_string(),
+                    sources: sources.collect(),
+                };
+                tracing::info!(job = %uid, transfer = request.transfer_id, image = request.reference, %node,
+                    sources = request.sources.len(), "import");
+                let client = self.agents.client(&node);
+                let follow = transfer::follow(client, request, uid.clone(), stream, self.events.clone());
+                let handle = self.tasks.spawn(follow);
+                if let Some(former) = self.streams.insert(uid, handle) {
+                    former.abort();
+                }
+            }
+            Action::Detach { uid } => self.detach(&uid),
+            Action::Cancel { uid, node, transfer_id } => {
+                self.detach(&uid);
+                tracing::info!(job = %uid, transfer = transfer_id, %node, "cancel");
+                let request = v1::CancelRequest { term: Some(self.term.clone()), transfer_id };
+                self.tasks.spawn(transfer::cancel(self.agents.client(&node), request));
+            }
+            Action::CreateJob(job) => {
+                let api = Api::namespaced(self.client.clone(), &job.namespace);
+                self.call(create(api, job, self.events.clone()));
+            }
+            Action::DeleteJob { namespace, name, uid } => {
+                let api = Api::namespaced(self.client.clone(), &namespace);
+                self.call(delete(api, name, uid, self.events.clone()));
+            }
+            Action::WriteStatus { namespace, name, uid, before, status } => {
+                let api = Api::namespaced(self.client.clone(), &namespace);
+                let events = self.events.clone();
+                self.call(async move {
+                    let ok = match write_status(&api, &name, &uid, &before, &status).await {
+                        Ok(()) => true,
+                        Err(error) if error.is_gone() => false,
+                        Err(error) => {
+                            tracing::warn!(job = %name, %error, "cannot write a status");
+                            false
+                        }
+                    };
+                    let _ = events.send(Event::StatusWritten { uid, ok }).await;
+                });
+            }
+            Action::WakePod { namespace, name, uid, annotations } => {
+                let api: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
+                self.call(async move {
+                    let patch = json!({"metadata": {"uid": &*uid, "annotations": annotations}});
+                    let (parameters, patch) = (parameters(), Patch::Merge(patch));
+                    match limited(api.patch_metadata(&name, &parameters, &patch)).await {
+                        Ok(_) => tracing::info!(namespace = %namespace, pod = %name, "woken"),
+                        Err(error) if error.is_gone() => {}
+                        Err(error) => {
+                            tracing::warn!(namespace = %namespace, pod = %name, %error, "cannot wake");
+                        }
+                    }
+                });
+            }
+            Action::Tell { about, warning, reason, action, note } => {
+                let recorder = self.recorder.clone();
+                self.call(async move {
+                    let (name, text) = (about.name.clone(), note.clone());
+                    let event = Told {
+                        type_: if warning { EventType::Warning } else { EventType::Normal },
+                        reason: reason.clone(),
+                        note: Some(note),
+                        action: action.to_owned(),
+                        secondary: None,
+                    };
+                    tracing::info!(namespace = %about.namespace, object = %name, reason, note = text, "event");
+                    let object = object(about);
+                    if let Err(error) = limited(recorder.publish(&event, &object)).await
+                        && !error.is_gone()
+                    {
+                        tracing::warn!(object = %name, reason, %error, "cannot write an event");
+                    }
+                });
+            }
+        }
+    }
+
+    fn detach(&mut self, uid: &str) {
+        if let Some(stream) = self.streams.remove(uid) {
+            stream.abort();
+        }
+    }
+
+    fn call(&mut self, effect: impl Future<Output = ()> + Send + 'static) {
+        let calls = self.calls.clone();
+        self.tasks.spawn(async move {
+            let _permit = calls.acquire_owned().await;
+            effect.await;
+        });
+    }
+}
+
+async fn limited<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, CallError> {
+    Ok(timeout(CALL, call).await.map_err(|_| CallError::Deadline)??)
+}
+
+fn parameters() -> PatchParams {
+    PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() }
+}
+
+async fn create(api: Api<SalvageJob>, new: NewJob, events: mpsc::Sender<Event>) {
+    let spec = SalvageJobSpec {
+        image: new.image.to_string(),
+        digest: Some(new.digest.to_string()),
+        node_name: new.node.to_string(),
+        pending_deadline_seconds: Some(PENDING_DEADLINE),
+        ttl_seconds_after_finished: Some(TTL),
+        ..SalvageJobSpec::default()
+    };
+    let mut job = SalvageJob::new(&new.name, spec);
+    let labels = [(names::MANAGED_BY.to_owned(), names::MANAGER.to_owned())];
+    job.metadata =
+        ObjectMeta { name: Some(new.name.clone()), labels: Some(labels.into()), ..ObjectMeta::default() };
+    let parameters = PostParams { field_manager: Some(names::MANAGER.to_owned()), ..PostParams::default() };
+    let ok = match limited(api.create(&parameters, &job)).await {
+        Ok(made) => {
+            tracing::info!(namespace = %new.namespace, job = new.name, image = %new.image, node = %new.node, "job made");
+            let _ = events.send(Event::Job(Box::new(made))).await;
+            true
+        }
+        Err(CallError::Kube(kube::Error::Api(status))) if status.is_already_exists() => false,
+        Err(error) => {
+            tracing::warn!(namespace = %new.namespace, job = new.name, %error, "cannot make a job");
+            false
+        }
+    };
+    let _ = events.send(Event::Created { base: new.base, ok }).await;
+}
+
+async fn delete(api: Api<SalvageJob>, name: Arc<str>, uid: Arc<str>, events: mpsc::Sender<Event>) {
+    let preconditions = Preconditions { uid: Some(uid.to_string()), resource_version: None };
+    let parameters = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+    match limited(api.delete(&name, &parameters)).await {
+        Ok(_) => tracing::info!(job = %name, "job deleted"),
+        Err(error) if error.is_gone() => {}
+        Err(error) => {
+            tracing::warn!(job = %name, %error, "cannot delete a job");
+            let _ = events.send(Event::DeleteFailed { uid }).await;
+        }
+    }
+}
+
+async fn write_status(
+    api: &Api<SalvageJob>,
+    name: &str,
+    uid: &str,
+    before: &SalvageJobStatus,
+    status: &SalvageJobStatus,
+) -> Result<(), CallError> {
+    let patch = json!({"metadata": {"uid": uid}, "status": merge(before, status)});
+    limited(api.patch_status(name, &parameters(), &Patch::Merge(patch))).await?;
+    Ok(())
+}
+
+/// The merge patch (RFC 7386) from one status to the other: what went is null.
+fn merge(before: &SalvageJobStatus, status: &SalvageJobStatus) -> Value {
+    let value = |status| serde_json::to_value(status).unwrap_or_default();
+    let mut patch = value(status);
+    if let (Value::Object(patch), Value::Object(before)) = (&mut patch, value(before)) {
+        for field in before.keys() {
+            patch.entry(field.clone()).or_insert(Value::Null);
+        }
+    }
+    patch
+}
+
+fn object(about: About) -> ObjectReference {
+    ObjectReference {
+        api_version: Some(if about.kind == "Pod" { "v1" } else { "tote.dev/v1alpha1" }.to_owned()),
+        kind: Some(about.kind.to_owned()),
+        namespace: Some(about.namespace.to_string()),
+        name: Some(about.name.to_string()),
+        uid: Some(about.uid.to_string()),
+        field_path: (!about.field_path.is_empty()).then_some(about.field_path),
+        resource_version: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_patch_takes_away_what_went() {
+        let before =
+            SalvageJobStatus { digest: Some("d".into()), attempts: 2, ..SalvageJobStatus::default() };
+        let after = SalvageJobStatus { attempts: 3, ..SalvageJobStatus::default() };
+        assert_eq!(merge(&before, &after), json!({"digest": null, "attempts": 3}));
+    }
+}

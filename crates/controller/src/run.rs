@@ -1,0 +1,111 @@
+//! Wires the parts: watches and sessions feed the state, its decisions are performed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use kube::Client;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tote_rpc::v1;
+
+use crate::decide::{Event, Policy, State};
+use crate::fleet::{Agents, Fleet, FleetEvent};
+use crate::http::Health;
+use crate::leader::Term;
+use crate::perform::Performer;
+use crate::watch;
+
+/// Events that may wait for a decision.
+const QUEUE: usize = 4096;
+
+/// The most events taken in before one decision.
+const BATCH: usize = 1024;
+
+/// What a leader needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What is allowed.
+    pub policy: Policy,
+    /// The controller's own namespace: the agents' Service is there.
+    pub namespace: String,
+    /// Name of this pod.
+    pub me: String,
+    /// Name of the agents' headless Service.
+    pub agent_service: String,
+    /// Where agents listen.
+    pub agent_port: u16,
+}
+
+/// Leads for a term until dropped, or until a watch ends, which none does by itself.
+pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<Health>) {
+    let term = v1::Term { lease_uid: term.lease_uid, lease_transitions: term.transitions };
+    let (events, mut incoming) = mpsc::channel(QUEUE);
+    let (fleet_events, mut fleet_incoming) = mpsc::channel::<FleetEvent>(QUEUE);
+    let agents = Agents::default();
+    let stop = CancellationToken::new();
+    let _stopped_with_this = stop.clone().drop_guard();
+    let fleet = Fleet::new(term.clone(), agents.clone(), fleet_events, stop);
+    let mut watches = JoinSet::new();
+    watches.spawn(watch::pods(client.clone(), events.clone()));
+    watches.spawn(watch::namespaces(client.clone(), events.clone()));
+    watches.spawn(watch::nodes(client.clone(), events.clone()));
+    watches.spawn(watch::jobs(client.clone(), events.clone()));
+    let agents_of = (settings.namespace.clone(), settings.agent_service.clone());
+    let agents_client = client.clone();
+    watches.spawn(async move {
+        watch::agents(agents_client, &agents_of.0, &agents_of.1, settings.agent_port, fleet).await;
+    });
+    let mut performer = Performer::new(client, &settings.me, agents, term, events, health.clone());
+    let mut state = State::new(settings.policy);
+    let mut again = None;
+    let mut batch = Vec::with_capacity(BATCH);
+    loop {
+        let alarm = async {
+            match again {
+                Some(at) => tokio::time::sleep(until(at)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            n = incoming.recv_many(&mut batch, BATCH) => {
+                if n == 0 {
+                    return;
+                }
+            }
+            event = fleet_incoming.recv() => {
+                let Some(event) = event else { return };
+                batch.push(Event::Fleet(event));
+                while batch.len() < BATCH && let Ok(event) = fleet_incoming.try_recv() {
+                    batch.push(Event::Fleet(event));
+                }
+            }
+            () = alarm => {}
+            ended = watches.join_next() => {
+                tracing::error!(?ended, "a watch ended");
+                return;
+            }
+        }
+        let began = Instant::now();
+        let now = Timestamp::now();
+        for event in batch.drain(..) {
+            state.apply(event, now);
+        }
+        let decision = state.decide(now);
+        again = decision.again;
+        for action in decision.actions {
+            performer.perform(action);
+        }
+        if state.is_synced() {
+            health.set_synced();
+        }
+        health.metrics.figures(&state.figures(), began.elapsed().as_secs_f64());
+    }
+}
+
+/// How long until a time, at least a moment so that a clock that lags cannot make a busy loop.
+fn until(at: Timestamp) -> Duration {
+    let left = at.duration_since(Timestamp::now());
+    Duration::try_from(left).unwrap_or_default().max(Duration::from_millis(5))
+}

@@ -1,0 +1,216 @@
+//! What the controller knows of one `SalvageJob`.
+//!
+//! The controller alone writes status: once it has seen a job, its own copy is the truth, and what a watch
+//! brings of status is an echo.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use tote_api::{Phase, SalvageJobSpec, SalvageJobStatus};
+use tote_image::{Digest, Reference};
+
+use crate::fleet::NodeName;
+
+/// A job and its transfer.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+    /// UID.
+    pub uid: Arc<str>,
+    /// `metadata.generation`.
+    pub generation: i64,
+    /// `metadata.creationTimestamp`.
+    pub created: Timestamp,
+    /// Whether detection made it.
+    pub automatic: bool,
+    /// Whether it is being deleted.
+    pub terminating: bool,
+    /// Its spec.
+    pub spec: SalvageJobSpec,
+    /// The spec's image and digest, or why they are none.
+    pub wanted: Result<Wanted, String>,
+    /// Its status, as it should be.
+    pub status: SalvageJobStatus,
+    /// Its transfer.
+    pub run: Run,
+    /// Whether the next start is a new attempt, and not the same one taken up again.
+    pub fresh: bool,
+    /// Broken streams in a row.
+    pub lost: u32,
+}
+
+/// What a job asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// The name the image is to bear.
+    pub reference: Reference,
+    /// `spec.digest`.
+    pub pin: Option<Digest>,
+}
+
+/// The transfer of a job, as this controller drives it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Run {
+    /// None.
+    #[default]
+    Idle,
+    /// Attached to the target's agent.
+    Running {
+        /// Tells this stream's events from those of one that it replaced.
+        stream: u64,
+        /// The digest that is moved.
+        digest: Digest,
+        /// The sources that the agent was given.
+        sources: Vec<Source>,
+    },
+    /// The next attempt, or the next attachment, is at a time.
+    BackOff {
+        /// When.
+        until: Timestamp,
+        /// What went wrong.
+        message: String,
+    },
+}
+
+/// A node to take blobs from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Source {
+    /// The node.
+    pub node: NodeName,
+    /// `ip:port` of its agent.
+    pub address: String,
+}
+
+/// How far a transfer is, in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Of the image for the target's platform; 0 until known.
+    pub total: i64,
+    /// That came from other nodes.
+    pub transferred: i64,
+    /// That were on the target before.
+    pub reused: i64,
+    /// The nodes they came from.
+    pub source_nodes: Vec<String>,
+}
+
+impl Job {
+    /// A job as first seen, with the status that it has then.
+    pub fn new(
+        namespace: &str,
+        name: &str,
+        uid: &str,
+        created: Timestamp,
+        spec: SalvageJobSpec,
+        status: Option<SalvageJobStatus>,
+    ) -> Self {
+        let status = status.unwrap_or_default();
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+            uid: uid.into(),
+            generation: 0,
+            created,
+            automatic: false,
+            terminating: false,
+            wanted: wanted(&spec),
+            spec,
+            fresh: status.attempts == 0,
+            status,
+            run: Run::Idle,
+            lost: 0,
+        }
+    }
+
+    /// Its phase; Pending before the first status.
+    pub fn phase(&self) -> Phase {
+        self.status.phase.unwrap_or(Phase::Pending)
+    }
+
+    /// Whether it is neither final nor on its way out.
+    pub fn is_open(&self) -> bool {
+        !self.phase().is_final() && !self.terminating
+    }
+
+    /// The reason of condition Imported.
+    pub fn reason(&self) -> &str {
+        self.status
+            .conditions
+            .iter()
+            .find(|c| c.type_ == tote_api::names::condition::IMPORTED)
+            .map_or("", |c| &c.reason)
+    }
+
+    /// The digest it is resolved to, or pinned to.
+    pub fn digest(&self) -> Option<Digest> {
+        let resolved = self.status.digest.as_ref().and_then(|digest| digest.parse().ok());
+        let wanted = self.wanted.as_ref().ok();
+        resolved.or_else(|| wanted.and_then(|w| w.pin.clone().or_else(|| w.reference.digest().cloned())))
+    }
+
+    /// Whether it is for this image on this node.
+    pub fn is_for(&self, reference: &Reference, node: &str) -> bool {
+        self.spec.node_name == node && self.wanted.as_ref().is_ok_and(|wanted| wanted.reference == *reference)
+    }
+
+    /// Opaque name of the transfer of the present attempt, for the agent.
+    pub fn transfer_id(&self) -> String {
+        format!("{}-{}", self.uid, self.status.attempts)
+    }
+}
+
+fn wanted(spec: &SalvageJobSpec) -> Result<Wanted, String> {
+    let reference: Reference = spec.image.parse().map_err(|error| format!("spec.image: {error}"))?;
+    let pin = spec.digest.as_ref().map(|digest| digest.parse::<Digest>()).transpose();
+    let pin = pin.map_err(|error| format!("spec.digest: {error}"))?;
+    match (&pin, reference.digest()) {
+        (Some(pin), Some(own)) if pin != own => {
+            Err(format!("spec.digest {pin} differs from the one that spec.image is pinned to"))
+        }
+        _ => Ok(Wanted { reference, pin }),
+    }
+}
+
+/// The name, without its counter, of the job for an image on a node: the same for the same four.
+pub fn base_name(namespace: &str, reference: &Reference, digest: &Digest, node_uid: &str) -> String {
+    let key = format!("{namespace}\n{reference}\n{digest}\n{node_uid}");
+    let hash = Digest::sha256(key.as_bytes());
+    let last = reference.repository().rsplit('/').next().unwrap_or_default();
+    let slug: String =
+        last.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(40).collect();
+    format!("{}-{}", slug.trim_matches('-'), &hash.hex()[..10])
+}
+
+/// The counter of a job's name, if it is one of `base`.
+pub fn counter(name: &str, base: &str) -> Option<u32> {
+    name.strip_prefix(base)?.strip_prefix('-')?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_image_node_and_namespace_apart() {
+        let r = |s: &str| s.parse::<Reference>().unwrap();
+        let (one, two) = (Digest::sha256(b"1"), Digest::sha256(b"2"));
+        let base = base_name("shop", &r("r.test:5000/team/My.app_x:v1".to_lowercase().as_str()), &one, "u");
+        assert!(base.starts_with("my-app-x-") && base.len() == "my-app-x-".len() + 10, "{base}");
+        let names = [
+            base_name("shop", &r("x"), &one, "u"),
+            base_name("shop", &r("x"), &one, "v"),
+            base_name("shop", &r("x"), &two, "u"),
+            base_name("shop", &r("x:2"), &one, "u"),
+            base_name("work", &r("x"), &one, "u"),
+        ];
+        let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len());
+        assert_eq!(names[0], base_name("shop", &r("docker.io/library/x:latest"), &one, "u"));
+        assert_eq!(counter(&format!("{base}-12"), &base), Some(12));
+        assert_eq!(counter(&base, &base), None);
+        assert_eq!(counter("other-1", &base), None);
+    }
+}

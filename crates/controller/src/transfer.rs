@@ -1,0 +1,123 @@
+//! One `Import` stream: from the target's agent to events.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tonic::Code;
+use tote_rpc::v1;
+use tote_rpc::v1::import_event::Event as Wire;
+use tote_rpc::{AgentClient, v1::Cause};
+
+use crate::decide::{Event, TransferEvent};
+use crate::salvage::Progress;
+
+/// How long an agent may take to answer a call; a stream has no such limit, its connection is pinged.
+const CALL: Duration = Duration::from_secs(10);
+
+/// Follows a transfer to its end; tells everything as events of `stream`.
+pub async fn follow(
+    client: Option<AgentClient>,
+    request: v1::ImportRequest,
+    uid: Arc<str>,
+    stream: u64,
+    events: mpsc::Sender<Event>,
+) {
+    let tell = |event| {
+        let (events, uid) = (events.clone(), uid.clone());
+        async move { events.send(Event::Transfer { uid, stream, event }).await.is_ok() }
+    };
+    let Some(mut client) = client else {
+        tell(TransferEvent::Lost { message: "the agent has no session".to_owned() }).await;
+        return;
+    };
+    let mut incoming = match timeout(CALL, client.import(request)).await {
+        Ok(Ok(response)) => response.into_inner(),
+        Ok(Err(status)) => {
+            tell(refused(&status)).await;
+            return;
+        }
+        Err(_) => {
+            tell(TransferEvent::Lost { message: format!("no answer within {CALL:?}") }).await;
+            return;
+        }
+    };
+    loop {
+        let event = match incoming.message().await {
+            Ok(Some(message)) => match message.event {
+                Some(event) => event_of(event),
+                None => continue,
+            },
+            Ok(None) => TransferEvent::Lost { message: "the agent ended the stream".to_owned() },
+            Err(status) => refused(&status),
+        };
+        let goes_on = matches!(event, TransferEvent::Progress(_));
+        if !tell(event).await || !goes_on {
+            return;
+        }
+    }
+}
+
+/// Ends a transfer, if the agent can be reached. One that cannot ends by itself when nobody attaches to it.
+pub async fn cancel(client: Option<AgentClient>, request: v1::CancelRequest) {
+    let Some(mut client) = client else { return };
+    for pause in [1, 2, 4] {
+        match timeout(CALL, client.cancel(request.clone())).await {
+            Ok(Ok(_)) => return,
+            Ok(Err(status)) if status.code() == Code::FailedPrecondition => return,
+            Ok(Err(status)) => {
+                tracing::warn!(transfer = request.transfer_id, error = status.message(), "cannot cancel");
+            }
+            Err(_) => tracing::warn!(transfer = request.transfer_id, "cannot cancel: no answer"),
+        }
+        tokio::time::sleep(Duration::from_secs(pause)).await;
+    }
+}
+
+fn refused(status: &tonic::Status) -> TransferEvent {
+    let message = format!("{}: {}", status.code().description(), status.message());
+    match status.code() {
+        Code::InvalidArgument | Code::Unimplemented => {
+            TransferEvent::Failed { reason: "RefusedByAgent", message, retryable: false }
+        }
+        _ => TransferEvent::Lost { message },
+    }
+}
+
+fn event_of(event: Wire) -> TransferEvent {
+    match event {
+        Wire::Progress(p) => TransferEvent::Progress(Progress {
+            total: p.total_bytes,
+            transferred: p.transferred_bytes,
+            reused: p.reused_bytes,
+            source_nodes: p.source_nodes,
+        }),
+        Wire::Done(d) => TransferEvent::Done(Progress {
+            total: d.total_bytes,
+            transferred: d.transferred_bytes,
+            reused: d.reused_bytes,
+            source_nodes: d.source_nodes,
+        }),
+        Wire::Failed(f) => {
+            TransferEvent::Failed { reason: reason_of(f.cause()), message: f.message, retryable: f.retryable }
+        }
+    }
+}
+
+fn reason_of(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Unspecified => "ImportFailed",
+        Cause::NoSource => "NoSource",
+        Cause::DigestMismatch => "DigestMismatch",
+        Cause::Platform => "OtherPlatformOnly",
+        Cause::NameConflict => "NameConflict",
+        Cause::DiskFull => "DiskFull",
+        Cause::Unpack => "UnpackFailed",
+        Cause::NotVisible => "NotVisible",
+        Cause::Runtime => "RuntimeUnavailable",
+        Cause::Snapshotter => "SnapshotterUnsupported",
+        Cause::Unsupported => "UnsupportedImage",
+        Cause::Cancelled => "Cancelled",
+    }
+}

@@ -1,0 +1,119 @@
+//! The facts that decisions are made over, and when they are complete enough. No effects.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::detect::Consent;
+use crate::fleet::{FleetEvent, Inventory, NodeName};
+use crate::salvage::{Source, after};
+
+/// For how many seconds an agent that says it is ready is waited for before the fleet is judged without it.
+const SETTLE_SECONDS: i64 = 10;
+
+/// Namespaces, nodes, and what the nodes hold.
+#[derive(Debug, Default)]
+pub struct World {
+    /// The kill switch: false, and nothing moves.
+    pub enabled: bool,
+    /// What each namespace says.
+    pub namespaces: HashMap<Arc<str>, Consent>,
+    /// UID by name.
+    pub nodes: HashMap<NodeName, Arc<str>>,
+    /// What the nodes hold.
+    pub fleet: Inventory,
+    /// Whether the set of agents is known.
+    agents_known: bool,
+    /// Agents without a session though they are ready, and since when.
+    missing: HashMap<NodeName, Timestamp>,
+    expected: std::collections::BTreeSet<NodeName>,
+}
+
+impl World {
+    /// An empty world.
+    pub fn new(enabled: bool) -> Self {
+        Self { enabled, ..Self::default() }
+    }
+
+    /// What a namespace says; one that is not known is gone.
+    pub fn consent(&self, namespace: &str) -> Consent {
+        self.namespaces.get(namespace).copied().unwrap_or(Consent::Terminating)
+    }
+
+    /// A node as a source, if its agent has a session.
+    pub fn source(&self, node: &NodeName) -> Option<Source> {
+        self.fleet.node(node).map(|n| Source { node: node.clone(), address: n.address.clone() })
+    }
+
+    /// When the fleet is known well enough to say that nobody has an image, or what a tag means; `None` if it
+    /// is now.
+    pub fn unsettled_until(&self, now: Timestamp) -> Option<Timestamp> {
+        if !self.agents_known {
+            return Some(after(now, 1));
+        }
+        self.missing.values().map(|since| after(*since, SETTLE_SECONDS)).filter(|until| *until > now).max()
+    }
+
+    /// Takes in what a session tells.
+    pub fn apply_fleet(&mut self, event: FleetEvent, now: Timestamp) {
+        match event {
+            FleetEvent::Expected(nodes) => {
+                self.agents_known = true;
+                self.expected = nodes;
+            }
+            FleetEvent::Up { node, address, platform, problem, images } => {
+                self.fleet.up(&node, address, platform, problem);
+                for image in images {
+                    self.fleet.upsert(&node, image);
+                }
+            }
+            FleetEvent::Delta { node, upserted, removed } => {
+                // First what is new: a name that moved is then known all the time.
+                for image in upserted {
+                    self.fleet.upsert(&node, image);
+                }
+                for digest in &removed {
+                    self.fleet.remove(&node, digest);
+                }
+            }
+            FleetEvent::Down { node } => self.fleet.down(&node),
+        }
+        self.missing.retain(|node, _| self.expected.contains(node) && !self.fleet.is_up(node));
+        for node in &self.expected {
+            if !self.fleet.is_up(node) {
+                self.missing.entry(node.clone()).or_insert(now);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tote_image::Platform;
+
+    use super::*;
+
+    #[test]
+    fn is_settled_when_every_ready_agent_answers_or_was_waited_for() {
+        let start = Timestamp::UNIX_EPOCH;
+        let mut world = World::new(true);
+        assert!(world.unsettled_until(start).is_some(), "the agents are not known yet");
+        world.apply_fleet(FleetEvent::Expected(["a".into(), "b".into()].into()), start);
+        assert_eq!(world.unsettled_until(start), Some(after(start, 10)));
+        let up = |node: &str| FleetEvent::Up {
+            node: node.into(),
+            address: String::new(),
+            platform: Platform::new("linux", "amd64", ""),
+            problem: String::new(),
+            images: vec![],
+        };
+        world.apply_fleet(up("a"), start);
+        assert!(world.unsettled_until(start).is_some());
+        assert_eq!(world.unsettled_until(after(start, 11)), None, "b was waited for");
+        world.apply_fleet(up("b"), start);
+        assert_eq!(world.unsettled_until(start), None);
+        world.apply_fleet(FleetEvent::Down { node: "a".into() }, after(start, 60));
+        assert!(world.unsettled_until(after(start, 61)).is_some());
+    }
+}
