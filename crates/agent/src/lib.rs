@@ -1,1 +1,16 @@
-//! tote-agent.
+//! The agent of a node: reports what images the node's containerd holds, imports images from other nodes,
+//! and serves its own blobs to them.
+//!
+//! Must not know Kubernetes: everything here is about one containerd and some peers.
+
+pub mod agent;
+pub mod containerd;
+pub mod health;
+pub mod import;
+pub mod inventory;
+pub mod metrics;
+pub mod serve;
+pub mod service;
+#[cfg(feature = "testing")]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+pub mod testing;

@@ -75,6 +75,9 @@ pub enum DocumentError {
     /// Docker schema 1, which containerd 2.x no longer pulls either.
     #[error("schema version {0} is not supported: rebuild the image in the OCI format")]
     SchemaVersion(u64),
+    /// A media type that is none of an index's or manifest's, or contradicts the document's shape.
+    #[error("media type {0:?} is not that of such a document")]
+    MediaType(String),
     /// More children than [`MAX_CHILDREN`].
     #[error("{0} children, at most {MAX_CHILDREN} are handled")]
     TooMany(usize),
@@ -121,6 +124,30 @@ impl Document {
                 let layers = manifest.layers().iter().map(Descriptor::from_spec).collect::<Result<_, _>>()?;
                 Ok(Self::Manifest(Manifest { config, layers }))
             }
+        }
+    }
+}
+
+impl Document {
+    /// The media type a descriptor of this document has: its own `mediaType`, or, where the document leaves it
+    /// out, the OCI type of its shape. Refused if it contradicts the shape.
+    pub fn media_type(&self, bytes: &[u8]) -> Result<String, DocumentError> {
+        let json: serde_json::Value = serde_json::from_slice(bytes)
+            .map_err(|error| DocumentError::Malformed("the document", error.to_string()))?;
+        let of_shape: [&str; 2] = match self {
+            Self::Index(_) => [
+                "application/vnd.oci.image.index.v1+json",
+                "application/vnd.docker.distribution.manifest.list.v2+json",
+            ],
+            Self::Manifest(_) => [
+                "application/vnd.oci.image.manifest.v1+json",
+                "application/vnd.docker.distribution.manifest.v2+json",
+            ],
+        };
+        match json.get("mediaType").and_then(serde_json::Value::as_str) {
+            None | Some("") => Ok(of_shape[0].to_owned()),
+            Some(stated) if of_shape.contains(&stated) => Ok(stated.to_owned()),
+            Some(other) => Err(DocumentError::MediaType(other.chars().take(200).collect())),
         }
     }
 }
@@ -202,9 +229,33 @@ pub fn diff_ids(config: &[u8]) -> Result<(Platform, Vec<Digest>), DocumentError>
     Ok((platform, ids))
 }
 
+/// The chain IDs of some diff IDs, lowest layer first (OCI image specification, "Layer ChainID"): the first is
+/// the diff ID itself, each further one the sha256 of the one below, a space, and the diff ID.
+pub fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
+    let mut chain: Vec<Digest> = Vec::with_capacity(diff_ids.len());
+    for diff_id in diff_ids {
+        let next = match chain.last() {
+            None => diff_id.clone(),
+            Some(below) => Digest::sha256(format!("{below} {diff_id}").as_bytes()),
+        };
+        chain.push(next);
+    }
+    chain
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn chains() {
+        let ids: Vec<Digest> = [1, 2].map(|n| hex(n).parse().unwrap()).into();
+        let chain = chain_ids(&ids);
+        assert_eq!(chain[0], ids[0]);
+        // printf 'sha256:01..01 sha256:02..02' | sha256sum
+        assert_eq!(chain[1], Digest::sha256(format!("{} {}", hex(1), hex(2)).as_bytes()));
+        assert_eq!(chain_ids(&[]), []);
+    }
 
     fn hex(n: u8) -> String {
         format!("sha256:{}", format!("{n:02x}").repeat(32))
@@ -251,6 +302,18 @@ mod tests {
         assert_eq!(manifest.layers.len(), 2);
         assert_eq!(manifest.content_size(), 13);
         assert_eq!(manifest.layers[0].media_type, "application/vnd.docker.image.rootfs.diff.tar.gzip");
+    }
+
+    #[test]
+    fn knows_its_media_type() {
+        let of = |stated: &str| {
+            let text = format!(r#"{{"schemaVersion":2,{stated}"manifests":[]}}"#);
+            Document::parse(text.as_bytes()).unwrap().media_type(text.as_bytes())
+        };
+        assert_eq!(of("").unwrap(), "application/vnd.oci.image.index.v1+json");
+        let docker = "application/vnd.docker.distribution.manifest.list.v2+json";
+        assert_eq!(of(&format!(r#""mediaType":"{docker}","#)).unwrap(), docker);
+        assert!(of(r#""mediaType":"application/vnd.oci.image.manifest.v1+json","#).is_err());
     }
 
     #[test]

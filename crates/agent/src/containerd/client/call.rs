@@ -1,0 +1,64 @@
+//! How a call is made: namespace and lease in its metadata, a deadline, errors in the seam's terms.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tonic::metadata::MetadataValue;
+use tonic::{Code, Request, Response, Status};
+
+use super::NAMESPACE;
+use crate::containerd::Error;
+
+/// How long a call may take that moves no bytes. A forced collection on a busy node takes seconds.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A request in CRI's namespace.
+pub(super) fn request<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static(NAMESPACE));
+    request
+}
+
+/// The same, with what it makes held by a lease.
+pub(super) fn with_lease<T>(mut request: Request<T>, lease: &str) -> Result<Request<T>, Error> {
+    let lease = lease.parse().map_err(|_| Error::Other(format!("lease name {lease:?} is not ASCII")))?;
+    request.metadata_mut().insert("containerd-lease", lease);
+    Ok(request)
+}
+
+/// Awaits an answer, for [`DEADLINE`] at most.
+pub(super) async fn unary<T>(
+    call: impl Future<Output = Result<Response<T>, Status>> + Send,
+) -> Result<T, Error> {
+    within(DEADLINE, call).await
+}
+
+/// Awaits an answer for a stated time.
+pub(super) async fn within<T>(
+    deadline: Duration,
+    call: impl Future<Output = Result<Response<T>, Status>> + Send,
+) -> Result<T, Error> {
+    match tokio::time::timeout(deadline, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(error(&status)),
+        Err(_) => Err(Error::Unavailable(format!("no answer within {} s", deadline.as_secs()))),
+    }
+}
+
+/// containerd's status in the seam's terms.
+pub(super) fn error(status: &Status) -> Error {
+    let message = status.message().to_owned();
+    if message.contains("no space left on device") || message.contains("disk quota exceeded") {
+        return Error::Full(message);
+    }
+    match status.code() {
+        Code::NotFound => Error::NotFound(message),
+        Code::AlreadyExists => Error::AlreadyExists(message),
+        Code::FailedPrecondition => Error::Mismatch(message),
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => Error::Unavailable(message),
+        // What tonic says when the connection breaks under a call.
+        Code::Unknown if message.contains("transport error") => Error::Unavailable(message),
+        Code::Internal if message.contains("h2 protocol error") => Error::Unavailable(message),
+        code => Error::Other(format!("{message} ({code:?})")),
+    }
+}

@@ -1,0 +1,183 @@
+//! Getting a blob from one peer by the OCI distribution API. The peer is hostile until the digest was checked:
+//! it may answer anything, stop, or never end.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::{Request, StatusCode, header};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use thiserror::Error;
+use tokio::time::timeout;
+use tote_image::{Digest, Reference};
+use tote_rpc::BlobClient;
+
+use super::bandwidth::Bandwidth;
+use super::request::Source;
+
+/// Bytes that are gathered before they are written: containerd takes pieces of 1 MiB and more best.
+const PIECE: usize = 1 << 20;
+
+/// How patient to be with a peer.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For the head of the response.
+    pub head: Duration,
+    /// For a piece of 1 MiB, or whatever remains: slower peers count as dead.
+    pub piece: Duration,
+    /// The first pause between two rounds over all sources; it doubles.
+    pub pause: Duration,
+    /// How many rounds.
+    pub rounds: u32,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            head: Duration::from_secs(10),
+            piece: Duration::from_secs(30),
+            pause: Duration::from_millis(200),
+            rounds: 4,
+        }
+    }
+}
+
+/// Why a peer did not give a blob.
+#[derive(Clone, Debug, Error)]
+pub enum FetchError {
+    /// It does not hold it.
+    #[error("does not hold it")]
+    Missing,
+    /// It could not be asked, or broke off.
+    #[error("{0}")]
+    Broken(String),
+    /// What it gave cannot be the blob.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+/// Which of the API's two paths a blob is asked for by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// An index or manifest.
+    Manifest,
+    /// A config or layer.
+    Blob,
+}
+
+/// A response that is being read.
+#[derive(Debug)]
+pub struct Body {
+    incoming: Incoming,
+    /// What may still come: of a known size exactly, otherwise at most.
+    left: u64,
+    exact: bool,
+    gathered: BytesMut,
+    ended: bool,
+    patience: Patience,
+}
+
+/// Asks `source` for a blob from `offset` on. `size` is the blob's, if known; `most` bounds it if not.
+#[allow(clippy::too_many_arguments)]
+pub async fn open(
+    peers: &BlobClient,
+    source: &Source,
+    reference: &Reference,
+    (kind, digest): (Kind, &Digest),
+    offset: u64,
+    (size, most): (Option<u64>, u64),
+    patience: Patience,
+) -> Result<Body, FetchError> {
+    let (address, name) = (source.address, path(reference));
+    let part = if kind == Kind::Manifest { "manifests" } else { "blobs" };
+    let uri = format!("http://{address}/v2/{name}/{part}/{digest}?ns={}", reference.registry());
+    let mut request = Request::get(uri);
+    if offset > 0 {
+        request = request.header(header::RANGE, format!("bytes={offset}-"));
+    }
+    let request = request.body(Empty::new()).map_err(|error| FetchError::Broken(error.to_string()))?;
+    let response = timeout(patience.head, peers.request(request))
+        .await
+        .map_err(|_| FetchError::Broken(format!("no answer within {} s", patience.head.as_secs_f32())))?
+        .map_err(|error| FetchError::Broken(told(&error)))?;
+    let length = response
+        .headers()
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok())
+        .and_then(|length| length.parse::<u64>().ok());
+    match (response.status(), offset) {
+        (StatusCode::OK, 0) => {}
+        (StatusCode::PARTIAL_CONTENT, 1..) => {
+            let range = response.headers().get(header::CONTENT_RANGE).and_then(|range| range.to_str().ok());
+            if !range.is_some_and(|range| range.starts_with(&format!("bytes {offset}-"))) {
+                return Err(FetchError::Wrong("answered another range than was asked for".to_owned()));
+            }
+        }
+        (StatusCode::NOT_FOUND, _) => return Err(FetchError::Missing),
+        (status, _) => return Err(FetchError::Broken(format!("answered {status}"))),
+    }
+    let left = size.unwrap_or(most).saturating_sub(offset);
+    if let Some(length) = length
+        && (length > left || (size.is_some() && length != left))
+    {
+        return Err(FetchError::Wrong(format!("announced {length} bytes where {left} are due")));
+    }
+    let incoming = response.into_body();
+    let gathered = BytesMut::new();
+    Ok(Body { incoming, left, exact: size.is_some(), gathered, ended: false, patience })
+}
+
+impl Body {
+    /// The next piece; nothing when all has come.
+    pub async fn next(&mut self, bandwidth: &Bandwidth) -> Result<Option<Bytes>, FetchError> {
+        let late = |patience: Patience| {
+            FetchError::Broken(format!("less than 1 MiB came within {} s", patience.piece.as_secs_f32()))
+        };
+        let deadline = tokio::time::Instant::now() + self.patience.piece;
+        while self.gathered.len() < PIECE && !self.ended {
+            let frame = tokio::time::timeout_at(deadline, self.incoming.frame());
+            match frame.await.map_err(|_| late(self.patience))? {
+                None => self.ended = true,
+                Some(Err(error)) => {
+                    // What came before counts: it need not be sent again.
+                    self.ended = true;
+                    if self.gathered.is_empty() {
+                        return Err(FetchError::Broken(told(&error)));
+                    }
+                }
+                Some(Ok(frame)) => {
+                    if let Some(data) = frame.data_ref() {
+                        if data.len() as u64 > self.left {
+                            return Err(FetchError::Wrong("sent more bytes than the blob has".to_owned()));
+                        }
+                        self.left -= data.len() as u64;
+                        self.gathered.extend_from_slice(data);
+                    }
+                }
+            }
+        }
+        if self.gathered.is_empty() {
+            return if self.exact && self.left > 0 {
+                Err(FetchError::Broken(format!("stopped {} bytes early", self.left)))
+            } else {
+                Ok(None)
+            };
+        }
+        let piece = self.gathered.split_to(self.gathered.len().min(PIECE)).freeze();
+        bandwidth.take(piece.len()).await;
+        Ok(Some(piece))
+    }
+}
+
+/// The repository without its registry, as the distribution API names it.
+fn path(reference: &Reference) -> &str {
+    reference.repository().split_once('/').map_or("", |(_, path)| path)
+}
+
+/// An error with its cause, which is where hyper says what happened.
+fn told(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => told(source),
+        None => error.to_string(),
+    }
+}

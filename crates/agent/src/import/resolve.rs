@@ -1,0 +1,244 @@
+//! From the digest asked for to the blobs of this node's platform: index, manifest, config. The documents are
+//! small; they are read whole, verified, parsed, and stored with the labels that keep what they name.
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use tote_image::{
+    Descriptor, Digest, Document, DocumentError, MAX_DOCUMENT_BYTES, Manifest, Platform, chain_ids, diff_ids,
+};
+
+use super::blob::Tried;
+use super::failure::Failure;
+use super::fetch::{self, FetchError, Kind};
+use super::run::Run;
+use crate::containerd::{Held, Ingest, Labels, Layer, gc_labels};
+
+/// An image of which the documents are on the node.
+#[derive(Debug)]
+pub(super) struct Image {
+    /// What the records name.
+    pub target: Descriptor,
+    /// The bytes of index and manifest.
+    documents: u64,
+    /// The manifest for this platform.
+    pub manifest: Manifest,
+    diff_ids: Vec<Digest>,
+    /// The chain ID of each layer.
+    pub chain: Vec<Digest>,
+}
+
+impl Image {
+    /// Bytes of all blobs that this platform needs.
+    pub(super) fn total(&self) -> u64 {
+        self.documents.saturating_add(self.manifest.content_size())
+    }
+
+    pub(super) fn layer(&self, at: usize) -> Layer<'_> {
+        Layer {
+            blob: &self.manifest.layers[at],
+            diff_id: &self.diff_ids[at],
+            parent: at.checked_sub(1).map(|below| &self.chain[below]),
+            chain: &self.chain[at],
+        }
+    }
+}
+
+/// A document that is on the node.
+struct Stored<T> {
+    parsed: T,
+    media_type: String,
+    size: u64,
+}
+
+impl Run<'_> {
+    pub(super) async fn resolve(&self, node: &Platform) -> Result<Image, Failure> {
+        let digest = &self.wanted.digest;
+        let target = self.stored(Kind::Manifest, digest, None, parse_document).await?;
+        let descriptor =
+            Descriptor { media_type: target.media_type, digest: digest.clone(), size: target.size };
+        let (manifest, documents, named) = match target.parsed {
+            Document::Manifest(manifest) => (manifest, target.size, false),
+            Document::Index(index) => {
+                let (manifest, size, named) = self.child(&index, node).await?;
+                (manifest, target.size.saturating_add(size), named)
+            }
+        };
+        check_media_types(&manifest)?;
+        let config = &manifest.config;
+        let parse = |bytes: &[u8]| Ok((diff_ids(bytes)?, Labels::new(), String::new()));
+        let (platform, diff_ids) =
+            self.stored(Kind::Blob, &config.digest, Some(config.size), parse).await?.parsed;
+        if !named && node.rank(&platform).is_none() {
+            return Err(Failure::Platform(format!("the image is for {platform}, this node runs {node}")));
+        }
+        if diff_ids.len() != manifest.layers.len() {
+            let (layers, ids) = (manifest.layers.len(), diff_ids.len());
+            let message = format!("the manifest has {layers} layers, its config {ids} diff IDs");
+            return Err(Failure::Unsupported(message));
+        }
+        let chain = chain_ids(&diff_ids);
+        Ok(Image { target: descriptor, documents, manifest, diff_ids, chain })
+    }
+
+    /// The best manifest of an index that can be had, its size, and whether the index named its platform.
+    async fn child(
+        &self,
+        index: &tote_image::Index,
+        node: &Platform,
+    ) -> Result<(Manifest, u64, bool), Failure> {
+        let mut missing = String::new();
+        for entry in index.candidates(node)? {
+            let (digest, size) = (&entry.descriptor.digest, entry.descriptor.size);
+            match self.stored(Kind::Manifest, digest, Some(size), parse_document).await {
+                Ok(stored) => match stored.parsed {
+                    Document::Manifest(manifest) => {
+                        return Ok((manifest, stored.size, entry.platform.is_some()));
+                    }
+                    Document::Index(_) => {
+                        let message = format!("{digest} is an index within an index");
+                        return Err(Failure::Unsupported(message));
+                    }
+                },
+                Err(Failure::NoSource { tried, .. }) => missing = tried,
+                Err(failure) => return Err(failure),
+            }
+        }
+        Err(Failure::PlatformNotHeld { platform: node.clone(), tried: missing })
+    }
+
+    /// Makes a document present, held and labelled; `parse` gives what is wanted of it, its labels and its
+    /// media type.
+    async fn stored<T>(
+        &self,
+        kind: Kind,
+        digest: &Digest,
+        size: Option<u64>,
+        parse: impl Fn(&[u8]) -> Result<(T, Labels, String), Failure>,
+    ) -> Result<Stored<T>, Failure> {
+        if let Some(size) = size.filter(|size| *size > MAX_DOCUMENT_BYTES) {
+            return Err(too_large(digest, size));
+        }
+        let _turn = self.context.flights.turn(digest).await;
+        self.containerd().hold(&self.lease.id, Held::Blob(digest)).await?;
+        let (bytes, here) = match self.containerd().blob(digest).await? {
+            Some(found) => (self.local(digest, found.size).await?, true),
+            None => (self.fetched(kind, digest, size).await?, false),
+        };
+        let (parsed, labels, media_type) = parse(&bytes)?;
+        let length = bytes.len() as u64;
+        let blob = Descriptor { media_type: String::new(), digest: digest.clone(), size: length };
+        if !here && let Ingest::Open(mut writer) = self.containerd().ingest(&self.lease.id, &blob).await? {
+            if writer.offset() > 0 {
+                // A document is never resumed; this is what a run that was killed left.
+                drop(writer);
+                self.containerd().abort(digest).await?;
+                writer = match self.containerd().ingest(&self.lease.id, &blob).await? {
+                    Ingest::Open(writer) => writer,
+                    Ingest::Present => return Ok(Stored { parsed, media_type, size: length }),
+                };
+            }
+            writer.write(bytes).await?;
+            writer.commit(labels.clone()).await.or_else(|error| match error {
+                crate::containerd::Error::AlreadyExists(_) => Ok(()),
+                other => Err(other),
+            })?;
+        }
+        if self.is_present(&blob, &labels).await? {
+            return Ok(Stored { parsed, media_type, size: length });
+        }
+        Err(Failure::Runtime(format!("containerd lost blob {digest} that was just committed")))
+    }
+
+    async fn local(&self, digest: &Digest, size: u64) -> Result<Bytes, Failure> {
+        if size > MAX_DOCUMENT_BYTES {
+            return Err(too_large(digest, size));
+        }
+        let pieces = self.containerd().read(digest, 0, size).await?;
+        let bytes: Bytes = pieces.try_collect::<Vec<_>>().await?.concat().into();
+        if digest.matches(&bytes) { Ok(bytes) } else { Err(Failure::Damaged(digest.clone())) }
+    }
+
+    async fn fetched(&self, kind: Kind, digest: &Digest, size: Option<u64>) -> Result<Bytes, Failure> {
+        let mut tried = Tried::default();
+        for round in 0..self.context.patience.rounds {
+            self.pause(round).await;
+            let sources = self.sources.borrow().clone();
+            for source in &sources {
+                if tried.is_banned(source) {
+                    continue;
+                }
+                match self.whole(source, kind, digest, size).await {
+                    Ok(bytes) if digest.matches(&bytes) => {
+                        self.tracker.moved(digest, bytes.len() as u64, &source.node);
+                        self.context.metrics.received(bytes.len() as u64);
+                        return Ok(bytes);
+                    }
+                    Ok(_) => {
+                        tried.note(source, FetchError::Wrong("gave bytes with another digest".to_owned()))
+                    }
+                    Err(error) => tried.note(source, error),
+                }
+            }
+            if tried.is_hopeless(&sources) {
+                break;
+            }
+        }
+        Err(tried.into_failure(digest))
+    }
+
+    async fn whole(
+        &self,
+        source: &super::request::Source,
+        kind: Kind,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Bytes, FetchError> {
+        let (context, reference) = (self.context, &self.wanted.reference);
+        let bounds = (size, MAX_DOCUMENT_BYTES);
+        let opened =
+            fetch::open(&context.peers, source, reference, (kind, digest), 0, bounds, context.patience);
+        let mut body = opened.await?;
+        let mut bytes = Vec::new();
+        while let Some(piece) = body.next(&context.bandwidth).await? {
+            bytes.extend_from_slice(&piece);
+        }
+        Ok(bytes.into())
+    }
+}
+
+fn parse_document(bytes: &[u8]) -> Result<(Document, Labels, String), Failure> {
+    let document = Document::parse(bytes)?;
+    let media_type = document.media_type(bytes)?;
+    let labels = gc_labels(&document);
+    Ok((document, labels, media_type))
+}
+
+fn too_large(digest: &Digest, size: u64) -> Failure {
+    DocumentError::Malformed(
+        "the document",
+        format!("{digest} has {size} bytes, {MAX_DOCUMENT_BYTES} at most"),
+    )
+    .into()
+}
+
+/// Only what containerd can unpack and run: no artifacts, no encrypted layers.
+fn check_media_types(manifest: &Manifest) -> Result<(), Failure> {
+    let config = manifest.config.media_type.as_str();
+    let is_image = matches!(
+        config,
+        "application/vnd.oci.image.config.v1+json" | "application/vnd.docker.container.image.v1+json"
+    );
+    if !is_image {
+        return Err(Failure::Unsupported(format!("a config of type {config} is no container image's")));
+    }
+    for layer in &manifest.layers {
+        let kind = layer.media_type.as_str();
+        let is_layer = (kind.starts_with("application/vnd.oci.image.layer.")
+            || kind.starts_with("application/vnd.docker.image.rootfs."))
+            && !kind.contains("encrypted");
+        if !is_layer {
+            return Err(Failure::Unsupported(format!("a layer of type {kind} cannot be unpacked")));
+        }
+    }
+    Ok(())
+}

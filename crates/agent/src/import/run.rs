@@ -1,0 +1,149 @@
+//! One run of a transfer, from the sources' blobs to the image that CRI shows. It can be dropped at any point
+//! and run again: everything it did is found again in the content store.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use tokio::sync::watch;
+use tote_image::{Descriptor, Digest};
+use tote_rpc::BlobClient;
+use tote_rpc::v1::Stage;
+
+use super::bandwidth::Bandwidth;
+use super::failure::Failure;
+use super::fetch::Patience;
+use super::flights::Flights;
+use super::progress::{Imported, Tracker};
+use super::request::{Source, Wanted};
+use super::resolve::Image;
+use crate::containerd::{self, Containerd, Labels, Layer, Lease, SNAPSHOT_LABEL, UNCOMPRESSED_LABEL};
+use crate::metrics::Metrics;
+
+/// How many layers of one image move at once.
+const CONCURRENT_BLOBS: usize = 3;
+
+/// How long a lease lasts if nobody deletes it: well beyond any transfer's deadline.
+const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
+
+/// What all transfers of an agent share.
+pub struct Context {
+    /// The node's containerd.
+    pub containerd: Arc<dyn Containerd>,
+    /// The client to other agents.
+    pub peers: BlobClient,
+    /// The cap over all transfers.
+    pub bandwidth: Bandwidth,
+    /// How patient to be with peers.
+    pub patience: Patience,
+    /// How long CRI may take to see new records.
+    pub visible_within: Duration,
+    /// Where imports and received bytes are counted.
+    pub metrics: Arc<Metrics>,
+    /// Who moves which blob.
+    pub flights: Flights,
+}
+
+impl Context {
+    /// With the default patience.
+    pub fn new(containerd: Arc<dyn Containerd>, peers: BlobClient, bandwidth: Bandwidth) -> Self {
+        Self {
+            containerd,
+            peers,
+            bandwidth,
+            patience: Patience::default(),
+            visible_within: Duration::from_secs(15),
+            metrics: Arc::default(),
+            flights: Flights::default(),
+        }
+    }
+}
+
+/// One run.
+pub(super) struct Run<'a> {
+    pub context: &'a Context,
+    pub wanted: &'a Wanted,
+    pub sources: watch::Receiver<Vec<Source>>,
+    pub tracker: &'a Tracker,
+    pub lease: Lease,
+}
+
+impl Run<'_> {
+    pub(super) fn containerd(&self) -> &dyn Containerd {
+        self.context.containerd.as_ref()
+    }
+
+    /// Imports the image. What it made stays held by the lease until that is deleted.
+    pub(super) async fn import(&self) -> Result<Imported, Failure> {
+        self.tracker.stage(Stage::Resolving);
+        let facts = self.containerd().facts().await?;
+        let snapshotter = facts.snapshotter.map_err(Failure::Snapshotter)?;
+        self.check_names().await?;
+        match self.containerd().create_lease(&self.lease, SystemTime::now() + LEASE_LIFE).await {
+            Ok(()) | Err(containerd::Error::AlreadyExists(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let image = self.resolve(&facts.platform).await?;
+        self.tracker.total(image.total());
+        self.tracker.stage(Stage::Moving);
+        self.move_and_unpack(&image, &snapshotter).await?;
+        self.tracker.stage(Stage::Publishing);
+        self.publish(&image).await
+    }
+
+    /// Moves the layers, several at once, and unpacks each as soon as it and those below have arrived.
+    async fn move_and_unpack(&self, image: &Image, snapshotter: &str) -> Result<(), Failure> {
+        let mut seen = HashSet::new();
+        let arrived = watch::Sender::new(HashSet::<Digest>::new());
+        let mut moves = Vec::new();
+        for layer in &image.manifest.layers {
+            if seen.insert(&layer.digest) {
+                moves.push(self.bring(layer, &arrived));
+            }
+        }
+        let moving = async {
+            stream::iter(moves).buffer_unordered(CONCURRENT_BLOBS).try_collect::<()>().await?;
+            self.tracker.stage(Stage::Unpacking);
+            Ok(())
+        };
+        let unpacking = async {
+            let mut arrived = arrived.subscribe();
+            for at in 0..image.manifest.layers.len() {
+                let layer = image.layer(at);
+                // The sender outlives the loop.
+                let _ = arrived.wait_for(|arrived| arrived.contains(&layer.blob.digest)).await;
+                self.unpack(snapshotter, layer).await?;
+            }
+            Ok::<_, Failure>(())
+        };
+        tokio::try_join!(moving, unpacking)?;
+        if let Some(top) = image.chain.last() {
+            let label = (format!("{SNAPSHOT_LABEL}{snapshotter}"), top.to_string());
+            self.containerd().label(&image.manifest.config.digest, &[label].into()).await?;
+        }
+        Ok(())
+    }
+
+    async fn bring(
+        &self,
+        layer: &Descriptor,
+        arrived: &watch::Sender<HashSet<Digest>>,
+    ) -> Result<(), Failure> {
+        self.obtain(layer, Labels::new()).await?;
+        arrived.send_modify(|arrived| {
+            arrived.insert(layer.digest.clone());
+        });
+        Ok(())
+    }
+
+    async fn unpack(&self, snapshotter: &str, layer: Layer<'_>) -> Result<(), Failure> {
+        self.containerd().unpack(&self.lease.id, snapshotter, layer).await.map_err(|error| match error {
+            containerd::Error::Mismatch(message) => Failure::DiffId(message),
+            error @ (containerd::Error::Full(_) | containerd::Error::Unavailable(_)) => error.into(),
+            other => Failure::Unpack { layer: layer.blob.digest.clone(), reason: other.to_string() },
+        })?;
+        let label = (UNCOMPRESSED_LABEL.to_owned(), layer.diff_id.to_string());
+        Ok(self.containerd().label(&layer.blob.digest, &[label].into()).await?)
+    }
+}

@@ -1,0 +1,254 @@
+//! What images the node holds, kept true by containerd's events and a look now and then.
+//!
+//! The scan asks the content store; putting the answer together and telling what changed are pure.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tote_image::{Descriptor, Digest, Document, MAX_DOCUMENT_BYTES, Manifest, Platform, diff_ids};
+use tote_rpc::v1;
+
+use crate::containerd::{Containerd, Error, ImageRecord};
+
+/// Events that come within this time of the first are one change.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// The least time between two scans.
+const SPACING: Duration = Duration::from_millis(100);
+
+/// How often the node is looked at though no event came.
+const RECHECK: Duration = Duration::from_secs(30);
+
+/// All images of a node, by target digest.
+pub type Inventory = BTreeMap<Digest, Arc<v1::Image>>;
+
+/// What two inventories differ in: images that are new or other, and targets that are gone.
+pub fn difference(old: &Inventory, new: &Inventory) -> v1::InventoryDelta {
+    let changed = new.iter().filter(|(digest, image)| {
+        old.get(*digest).is_none_or(|before| !Arc::ptr_eq(before, image) && before != *image)
+    });
+    let gone = old.keys().filter(|digest| !new.contains_key(*digest));
+    v1::InventoryDelta {
+        upserted: changed.map(|(_, image)| v1::Image::clone(image)).collect(),
+        removed: gone.map(ToString::to_string).collect(),
+    }
+}
+
+/// What a blob of the content store was found to be. Blobs do not change, so it holds as long as they stand.
+#[derive(Clone, Debug)]
+enum Known {
+    Document(Arc<Document>),
+    Config(Platform),
+    Neither,
+}
+
+/// Looks at a node, remembering the documents it has read.
+pub struct Scanner {
+    containerd: Arc<dyn Containerd>,
+    known: HashMap<Digest, Known>,
+}
+
+impl Scanner {
+    /// A scanner that has seen nothing.
+    pub fn new(containerd: Arc<dyn Containerd>) -> Self {
+        Self { containerd, known: HashMap::new() }
+    }
+
+    /// The node's images as they are now.
+    pub async fn scan(&mut self) -> Result<Inventory, Error> {
+        let records = self.containerd.images().await?;
+        let sizes: HashMap<Digest, u64> = self.containerd.blobs().await?.into_iter().collect();
+        self.known.retain(|digest, _| sizes.contains_key(digest));
+        let mut names: BTreeMap<Digest, (Descriptor, BTreeSet<String>)> = BTreeMap::new();
+        for ImageRecord { name, target } in records {
+            names.entry(target.digest.clone()).or_insert_with(|| (target, BTreeSet::new())).1.insert(name);
+        }
+        let mut inventory = Inventory::new();
+        for (digest, (target, names)) in names {
+            let manifests = self.manifests(&target, &sizes).await?;
+            let image = v1::Image {
+                target: Some(v1::Descriptor {
+                    media_type: target.media_type,
+                    digest: digest.to_string(),
+                    size: i64::try_from(target.size).unwrap_or(i64::MAX),
+                }),
+                names: names.into_iter().collect(),
+                manifests,
+            };
+            inventory.insert(digest, Arc::new(image));
+        }
+        Ok(inventory)
+    }
+
+    async fn manifests(
+        &mut self,
+        target: &Descriptor,
+        sizes: &HashMap<Digest, u64>,
+    ) -> Result<Vec<v1::Manifest>, Error> {
+        let mut found = Vec::new();
+        match self.document(&target.digest, sizes).await? {
+            None => {}
+            Some(document) => match &*document {
+                Document::Manifest(manifest) => {
+                    found.push(self.manifest(&target.digest, None, manifest, sizes).await?);
+                }
+                Document::Index(index) => {
+                    for entry in &index.manifests {
+                        let digest = &entry.descriptor.digest;
+                        let child = self.document(digest, sizes).await?;
+                        let Some(Document::Manifest(manifest)) = child.as_deref() else { continue };
+                        found.push(self.manifest(digest, entry.platform.clone(), manifest, sizes).await?);
+                    }
+                }
+            },
+        }
+        Ok(found)
+    }
+
+    async fn manifest(
+        &mut self,
+        digest: &Digest,
+        named: Option<Platform>,
+        manifest: &Manifest,
+        sizes: &HashMap<Digest, u64>,
+    ) -> Result<v1::Manifest, Error> {
+        let platform = match named {
+            Some(platform) => Some(platform),
+            None => match self.read(&manifest.config.digest, sizes).await? {
+                Some(Known::Config(platform)) => Some(platform),
+                _ => None,
+            },
+        };
+        Ok(summary(digest, platform.as_ref(), manifest, sizes))
+    }
+
+    async fn document(
+        &mut self,
+        digest: &Digest,
+        sizes: &HashMap<Digest, u64>,
+    ) -> Result<Option<Arc<Document>>, Error> {
+        Ok(match self.read(digest, sizes).await? {
+            Some(Known::Document(document)) => Some(document),
+            _ => None,
+        })
+    }
+
+    async fn read(&mut self, digest: &Digest, sizes: &HashMap<Digest, u64>) -> Result<Option<Known>, Error> {
+        if let Some(known) = self.known.get(digest) {
+            return Ok(Some(known.clone()));
+        }
+        let Some(size) = sizes.get(digest).copied() else { return Ok(None) };
+        let known = if size > MAX_DOCUMENT_BYTES {
+            Known::Neither
+        } else {
+            let pieces = match self.containerd.read(digest, 0, size).await {
+                Ok(pieces) => pieces.try_collect::<Vec<_>>().await,
+                Err(error) => Err(error),
+            };
+            match pieces {
+                Ok(pieces) => recognize(digest, &pieces.concat()),
+                // Gone since it was listed; an event will follow.
+                Err(Error::NotFound(_)) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        };
+        self.known.insert(digest.clone(), known.clone());
+        Ok(Some(known))
+    }
+}
+
+/// What a blob is. A damaged one is nothing: it must not be offered to others.
+fn recognize(digest: &Digest, bytes: &[u8]) -> Known {
+    if !digest.matches(bytes) {
+        tracing::warn!(%digest, "a blob of the content store does not have its digest");
+        return Known::Neither;
+    }
+    if let Ok(document) = Document::parse(bytes) {
+        return Known::Document(Arc::new(document));
+    }
+    diff_ids(bytes).map_or(Known::Neither, |(platform, _)| Known::Config(platform))
+}
+
+fn summary(
+    digest: &Digest,
+    platform: Option<&Platform>,
+    manifest: &Manifest,
+    sizes: &HashMap<Digest, u64>,
+) -> v1::Manifest {
+    let here = |blob: &Descriptor| sizes.get(&blob.digest) == Some(&blob.size);
+    let own = sizes.get(digest).copied().unwrap_or_default();
+    v1::Manifest {
+        digest: digest.to_string(),
+        platform: platform.map(wire_platform),
+        config_digest: manifest.config.digest.to_string(),
+        size: i64::try_from(own.saturating_add(manifest.content_size())).unwrap_or(i64::MAX),
+        complete: here(&manifest.config) && manifest.layers.iter().all(here),
+    }
+}
+
+/// A platform as the wire has it.
+pub fn wire_platform(platform: &Platform) -> v1::Platform {
+    v1::Platform {
+        os: platform.os().to_owned(),
+        architecture: platform.architecture().to_owned(),
+        variant: platform.variant().to_owned(),
+        os_version: String::new(),
+    }
+}
+
+/// Keeps `inventory` true until `stop`; `None` until the first scan has succeeded.
+pub async fn follow(
+    containerd: Arc<dyn Containerd>,
+    inventory: watch::Sender<Option<Arc<Inventory>>>,
+    stop: CancellationToken,
+) {
+    let mut scanner = Scanner::new(containerd.clone());
+    let mut pause = Duration::from_millis(100);
+    while !stop.is_cancelled() {
+        let followed =
+            stop.run_until_cancelled(follow_once(&containerd, &mut scanner, &inventory, &mut pause));
+        if let Some(Err(error)) = followed.await {
+            tracing::warn!(%error, "cannot look at this node's images; trying again");
+        }
+        stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+        pause = (pause * 2).min(Duration::from_secs(5));
+    }
+}
+
+/// Follows until containerd goes away.
+async fn follow_once(
+    containerd: &Arc<dyn Containerd>,
+    scanner: &mut Scanner,
+    inventory: &watch::Sender<Option<Arc<Inventory>>>,
+    pause: &mut Duration,
+) -> Result<(), Error> {
+    // Subscribed before the first look: nothing falls between.
+    let mut changes = containerd.changes().await?.ready_chunks(64);
+    loop {
+        let scanned = Instant::now();
+        let new = scanner.scan().await?;
+        *pause = Duration::from_millis(100);
+        inventory.send_if_modified(|current| {
+            let differs = current.as_deref() != Some(&new);
+            if differs {
+                *current = Some(Arc::new(new));
+            }
+            differs
+        });
+        match tokio::time::timeout(RECHECK, changes.next()).await {
+            Ok(None) => return Err(Error::Unavailable("its events ended".to_owned())),
+            Ok(Some(_)) => {
+                tokio::time::sleep_until((Instant::now() + SETTLE).max(scanned + SPACING)).await;
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

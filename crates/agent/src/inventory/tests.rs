@@ -1,0 +1,80 @@
+use super::*;
+use crate::containerd::Fake;
+use crate::testing::{Blobs, tar};
+
+const NAME: &str = "registry.test/a:1";
+
+async fn scan(fake: &Fake) -> Inventory {
+    Scanner::new(Arc::new(fake.clone())).scan().await.unwrap()
+}
+
+#[tokio::test]
+async fn tells_what_is_complete() {
+    let fake = Fake::default();
+    let image = Blobs::image(&[tar(&[("a", b"1")]), tar(&[("b", b"2")])]).indexed();
+    image.pull_into(&fake, NAME);
+    fake.put_image("registry.test/b:1", &image.target);
+    let inventory = scan(&fake).await;
+    let found = &inventory[&image.target.digest];
+    assert_eq!(found.names, [NAME, "registry.test/b:1"]);
+    let [manifest] = &found.manifests[..] else { panic!("one manifest is here: {found:?}") };
+    assert_eq!(manifest.digest, image.manifest.digest.as_str());
+    assert_eq!(manifest.platform.as_ref().unwrap().architecture, "amd64");
+    assert_eq!(manifest.config_digest, image.config.digest.as_str());
+    assert!(manifest.complete);
+    let index = image.target.size;
+    assert_eq!(manifest.size as u64, image.size() - index);
+    for absent in [&image.layers[1], &image.config] {
+        fake.remove_blob(&absent.digest);
+        assert!(!scan(&fake).await[&image.target.digest].manifests[0].complete, "without {absent:?}");
+        fake.put(&image.bytes[&absent.digest], [].into());
+    }
+    fake.remove_blob(&image.manifest.digest);
+    assert_eq!(scan(&fake).await[&image.target.digest].manifests, []);
+}
+
+#[tokio::test]
+async fn takes_the_platform_from_the_config_without_an_index() {
+    let fake = Fake::default();
+    let image = Blobs::image(&[tar(&[("a", b"1")])]);
+    image.pull_into(&fake, NAME);
+    let inventory = scan(&fake).await;
+    let platform = inventory[&image.target.digest].manifests[0].platform.clone().unwrap();
+    assert_eq!((platform.os.as_str(), platform.architecture.as_str()), ("linux", "amd64"));
+}
+
+#[tokio::test]
+async fn tells_differences() {
+    let fake = Fake::default();
+    let (a, b) = (Blobs::image(&[tar(&[("a", b"1")])]), Blobs::image(&[tar(&[("b", b"2")])]));
+    a.pull_into(&fake, NAME);
+    let before = scan(&fake).await;
+    assert_eq!(difference(&before, &scan(&fake).await), v1::InventoryDelta::default());
+    assert_eq!(difference(&Inventory::new(), &before).upserted.len(), 1);
+    b.pull_into(&fake, "registry.test/b:1");
+    fake.remove_image(NAME);
+    let delta = difference(&before, &scan(&fake).await);
+    assert_eq!(delta.upserted[0].names, ["registry.test/b:1"]);
+    assert_eq!(delta.removed, [a.target.digest.to_string()]);
+}
+
+#[tokio::test]
+async fn follows_events() {
+    let fake = Fake::default();
+    let sender = watch::Sender::new(None);
+    let mut inventory = sender.subscribe();
+    let stop = CancellationToken::new();
+    let following = tokio::spawn(follow(Arc::new(fake.clone()), sender, stop.clone()));
+    let wait = Duration::from_secs(10);
+    tokio::time::timeout(wait, inventory.wait_for(Option::is_some)).await.unwrap().unwrap();
+    let image = Blobs::image(&[tar(&[("a", b"1")])]);
+    let started = Instant::now();
+    image.pull_into(&fake, NAME);
+    let has_it = |seen: &Option<Arc<Inventory>>| {
+        seen.as_ref().is_some_and(|seen| seen.contains_key(&image.target.digest))
+    };
+    tokio::time::timeout(wait, inventory.wait_for(has_it)).await.unwrap().unwrap();
+    assert!(started.elapsed() < Duration::from_millis(500), "by event: {:?}", started.elapsed());
+    stop.cancel();
+    following.await.unwrap();
+}

@@ -1,0 +1,69 @@
+//! The agent's own figures, for Prometheus.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+/// How an import ended: `imported`, or the cause of its failure.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    result: &'static str,
+}
+
+/// Counters and gauges. They are shared with the registry that encodes them.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    served_bytes: Counter,
+    received_bytes: Counter,
+    imports: Family<Outcome, Counter>,
+    running: Gauge,
+    images: Gauge,
+    sessions: Gauge,
+}
+
+impl Metrics {
+    /// Names them all, below `tote_agent_`.
+    pub fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("tote_agent");
+        let (served, received) = (self.served_bytes.clone(), self.received_bytes.clone());
+        registry.register_with_unit("served", "Bytes of blobs given to other nodes", Unit::Bytes, served);
+        registry.register_with_unit("received", "Bytes of blobs got from other nodes", Unit::Bytes, received);
+        registry.register("imports", "Imports that have ended", self.imports.clone());
+        registry.register("imports_running", "Imports under way", self.running.clone());
+        registry.register("images", "Distinct targets of image records", self.images.clone());
+        registry.register("sessions", "Sessions with controllers", self.sessions.clone());
+    }
+
+    /// Bytes went to another node.
+    pub fn served(&self, bytes: u64) {
+        self.served_bytes.inc_by(bytes);
+    }
+
+    /// Bytes came from another node.
+    pub fn received(&self, bytes: u64) {
+        self.received_bytes.inc_by(bytes);
+    }
+
+    /// An import began.
+    pub fn import_started(&self) {
+        self.running.inc();
+    }
+
+    /// An import ended, with this result.
+    pub fn import_ended(&self, result: &'static str) {
+        self.running.dec();
+        self.imports.get_or_create(&Outcome { result }).inc();
+    }
+
+    /// How many images the node holds.
+    pub fn images(&self, images: usize) {
+        self.images.set(i64::try_from(images).unwrap_or(i64::MAX));
+    }
+
+    /// A session began (1) or ended (-1).
+    pub fn session(&self, change: i64) {
+        self.sessions.inc_by(change);
+    }
+}

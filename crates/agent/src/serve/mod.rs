@@ -1,0 +1,121 @@
+//! The OCI distribution API over what the node's containerd holds, read-only. Peers pull from it; any client of
+//! a registry can.
+//!
+//! Names are not checked for blobs: a digest says what it is. A tag means something only together with the
+//! registry it is a tag of, which clients of a mirror give as `?ns=`.
+
+mod answer;
+mod path;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Query, Request, State};
+use axum::response::Response;
+use futures::TryStreamExt;
+use http::{HeaderMap, Method};
+use serde::Deserialize;
+use tote_image::{Digest, Document, MAX_DOCUMENT_BYTES, Reference};
+
+use self::answer::Refusal;
+use self::path::{Asked, Path, Version};
+use crate::containerd::{Containerd, Error};
+use crate::metrics::Metrics;
+
+/// What the API needs.
+#[derive(Clone)]
+pub struct Served {
+    /// The node's containerd.
+    pub containerd: Arc<dyn Containerd>,
+    /// Where served bytes are counted.
+    pub metrics: Arc<Metrics>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Params {
+    ns: Option<String>,
+}
+
+/// The API, for every path below `/v2/` and an answer for all others.
+pub fn router(served: Served) -> Router {
+    Router::new().fallback(handle).with_state(served)
+}
+
+async fn handle(State(served): State<Served>, request: Request) -> Response {
+    let (parts, _) = request.into_parts();
+    if parts.method != Method::GET && parts.method != Method::HEAD {
+        return Refusal::ReadOnly.into();
+    }
+    let params = Query::<Params>::try_from_uri(&parts.uri).map(|params| params.0).unwrap_or_default();
+    let answer = match path::parse(parts.uri.path()) {
+        Ok(Asked::Version) => Ok(answer::version()),
+        Ok(Asked::Manifest(path)) => manifest(&served, &path, params.ns.as_deref(), &parts.headers).await,
+        Ok(Asked::Blob(digest)) => blob(&served, &digest, &parts.headers).await,
+        Err(refusal) => Err(refusal),
+    };
+    let mut response = answer.unwrap_or_else(Response::from);
+    if parts.method == Method::HEAD {
+        // The headers, Content-Length among them, stay.
+        *response.body_mut() = Body::empty();
+    }
+    response
+}
+
+async fn manifest(
+    served: &Served,
+    path: &Path,
+    ns: Option<&str>,
+    headers: &HeaderMap,
+) -> Result<Response, Refusal> {
+    let digest = match &path.version {
+        Version::Digest(digest) => digest.clone(),
+        Version::Tag(tag) => resolve(served, &path.name, tag, ns).await?,
+    };
+    let unknown = || Refusal::ManifestUnknown(digest.to_string());
+    let found = served.containerd.blob(&digest).await?.ok_or_else(unknown)?;
+    if found.size > MAX_DOCUMENT_BYTES {
+        return Err(unknown());
+    }
+    let pieces = served.containerd.read(&digest, 0, found.size).await?;
+    let bytes = pieces.try_collect::<Vec<_>>().await?.concat();
+    // The document says what it is; a blob that is none is no manifest.
+    let document = Document::parse(&bytes).map_err(|_| unknown())?;
+    let media_type = document.media_type(&bytes).map_err(|_| unknown())?;
+    let length = bytes.len() as u64;
+    let range = answer::range(headers, length)?;
+    let (from, to) = range.clone().map_or((0, length), |range| (*range.start(), *range.end() + 1));
+    let part = usize::try_from(from).unwrap_or_default()..usize::try_from(to).unwrap_or_default();
+    served.metrics.served(to - from);
+    let body = Body::from(bytes.get(part).unwrap_or_default().to_vec());
+    Ok(answer::content(&digest, &media_type, length, range, body))
+}
+
+async fn resolve(served: &Served, name: &str, tag: &str, ns: Option<&str>) -> Result<Digest, Refusal> {
+    let unknown = || Refusal::ManifestUnknown(format!("{name}:{tag}"));
+    let Some(ns) = ns else {
+        let message = format!("{name}:{tag}: a tag is looked up with ?ns=<registry> only");
+        return Err(Refusal::ManifestUnknown(message));
+    };
+    let reference: Reference = format!("{ns}/{name}:{tag}").parse().map_err(|_| unknown())?;
+    let record = served.containerd.image(&reference.to_string()).await?.ok_or_else(unknown)?;
+    Ok(record.target.digest)
+}
+
+async fn blob(served: &Served, digest: &Digest, headers: &HeaderMap) -> Result<Response, Refusal> {
+    let unknown = || Refusal::BlobUnknown(digest.to_string());
+    let found = served.containerd.blob(digest).await?.ok_or_else(unknown)?;
+    let range = answer::range(headers, found.size)?;
+    let (from, to) = range.clone().map_or((0, found.size), |range| (*range.start(), *range.end() + 1));
+    let metrics = served.metrics.clone();
+    let pieces = match served.containerd.read(digest, from, to - from).await {
+        Err(Error::NotFound(_)) => return Err(unknown()),
+        other => other?,
+    };
+    let pieces = pieces.inspect_ok(move |piece| metrics.served(piece.len() as u64));
+    let body = Body::from_stream(pieces);
+    Ok(answer::content(digest, "application/octet-stream", found.size, range, body))
+}
+
+#[cfg(test)]
+mod tests;
