@@ -21,6 +21,9 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// The least time between two scans.
 const SPACING: Duration = Duration::from_millis(100);
 
+/// When it is looked at again after the first time: the subscription to events has taken effect by then.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
+
 /// How often the node is looked at though no event came.
 const RECHECK: Duration = Duration::from_secs(30);
 
@@ -227,10 +230,10 @@ async fn follow_once(
     inventory: &watch::Sender<Option<Arc<Inventory>>>,
     pause: &mut Duration,
 ) -> Result<(), Error> {
-    // Subscribed before the first look: nothing falls between.
+    let mut wait = SECOND_LOOK;
     let mut changes = containerd.changes().await?.ready_chunks(64);
     loop {
-        let scanned = Instant::now();
+        let looked = Instant::now();
         let new = scanner.scan().await?;
         *pause = Duration::from_millis(100);
         inventory.send_if_modified(|current| {
@@ -240,10 +243,10 @@ async fn follow_once(
             }
             differs
         });
-        match tokio::time::timeout(RECHECK, changes.next()).await {
+        match tokio::time::timeout(std::mem::replace(&mut wait, RECHECK), changes.next()).await {
             Ok(None) => return Err(Error::Unavailable("its events ended".to_owned())),
             Ok(Some(_)) => {
-                tokio::time::sleep_until((Instant::now() + SETTLE).max(scanned + SPACING)).await;
+                tokio::time::sleep_until((Instant::now() + SETTLE).max(looked + SPACING)).await;
             }
             Err(_) => {}
         }

@@ -12,5 +12,5 @@ pub mod metrics;
 pub mod serve;
 pub mod service;
 #[cfg(feature = "testing")]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 pub mod testing;

@@ -34,7 +34,7 @@ struct Arguments {
     /// The most bytes per second to receive from other nodes, as 50Mi. Without it there is no cap.
     #[arg(long)]
     max_bandwidth: Option<Rate>,
-    /// How log lines are written. RUST_LOG says which.
+    /// How log lines are written; the variable `RUST_LOG` says which are.
     #[arg(long, value_enum, default_value_t = LogFormat::Json)]
     log_format: LogFormat,
 }

@@ -105,6 +105,14 @@ impl Blobs {
         self
     }
 
+    /// Puts another document in its target's place.
+    pub fn retarget(&mut self, document: Vec<u8>) {
+        self.bytes.remove(&self.target.digest);
+        self.target.digest = Digest::sha256(&document);
+        self.target.size = document.len() as u64;
+        self.bytes.insert(self.target.digest.clone(), document);
+    }
+
     /// One of its layers, to be unpacked.
     pub fn layer(&self, at: usize) -> Layer<'_> {
         let parent = at.checked_sub(1).map(|below| &self.chain[below]);

@@ -6,7 +6,7 @@
 
 mod client;
 #[cfg(feature = "testing")]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 pub mod conformance;
 #[cfg(feature = "testing")]
 mod fake;
@@ -110,6 +110,8 @@ pub struct Lease {
 pub enum Held<'a> {
     /// A blob, and what its labels refer to.
     Blob(&'a Digest),
+    /// What has been written of a blob.
+    Ingest(&'a Digest),
     /// A committed snapshot and its parents.
     Snapshot {
         /// The snapshotter it is in.
@@ -226,6 +228,7 @@ pub trait Containerd: Send + Sync + 'static {
     /// What CRI's `ImageStatus` gives as the ID of the image of this name: its config's digest.
     async fn image_status(&self, name: &str) -> Result<Option<String>, Error>;
 
-    /// Changes from now on. The stream ends when containerd does.
+    /// Changes from now on, or from a moment later: containerd does not tell when a subscription stands. The
+    /// stream ends when containerd does.
     async fn changes(&self) -> Result<BoxStream<'static, Change>, Error>;
 }

@@ -93,7 +93,15 @@ enum Given {
 impl Run<'_> {
     /// Makes a blob present, verified, held by the lease and labelled.
     pub(super) async fn obtain(&self, blob: &Descriptor, labels: Labels) -> Result<(), Failure> {
-        let _turn = self.context.flights.turn(&blob.digest).await;
+        let turn = self.context.flights.try_turn(&blob.digest);
+        if turn.is_none() {
+            // Another transfer moves it. Should that be cancelled, what it has got stays for this one.
+            self.containerd().hold(&self.lease.id, Held::Ingest(&blob.digest)).await?;
+        }
+        let _turn = match turn {
+            Some(turn) => turn,
+            None => self.context.flights.turn(&blob.digest).await,
+        };
         if self.is_present(blob, &labels).await? {
             return Ok(());
         }

@@ -74,6 +74,8 @@ pub struct Body {
     exact: bool,
     gathered: BytesMut,
     ended: bool,
+    /// What ended it: told once all that came before has been given out, for that need not be sent again.
+    broken: Option<FetchError>,
     patience: Patience,
 }
 
@@ -124,28 +126,26 @@ pub async fn open(
     }
     let incoming = response.into_body();
     let gathered = BytesMut::new();
-    Ok(Body { incoming, left, exact: size.is_some(), gathered, ended: false, patience })
+    Ok(Body { incoming, left, exact: size.is_some(), gathered, ended: false, broken: None, patience })
 }
 
 impl Body {
     /// The next piece; nothing when all has come.
     pub async fn next(&mut self, bandwidth: &Bandwidth) -> Result<Option<Bytes>, FetchError> {
-        let late = |patience: Patience| {
-            FetchError::Broken(format!("less than 1 MiB came within {} s", patience.piece.as_secs_f32()))
-        };
         let deadline = tokio::time::Instant::now() + self.patience.piece;
         while self.gathered.len() < PIECE && !self.ended {
-            let frame = tokio::time::timeout_at(deadline, self.incoming.frame());
-            match frame.await.map_err(|_| late(self.patience))? {
-                None => self.ended = true,
-                Some(Err(error)) => {
-                    // What came before counts: it need not be sent again.
+            match tokio::time::timeout_at(deadline, self.incoming.frame()).await {
+                Err(_) => {
                     self.ended = true;
-                    if self.gathered.is_empty() {
-                        return Err(FetchError::Broken(told(&error)));
-                    }
+                    let within = self.patience.piece.as_secs_f32();
+                    self.broken = Some(FetchError::Broken(format!("less than 1 MiB came within {within} s")));
                 }
-                Some(Ok(frame)) => {
+                Ok(None) => self.ended = true,
+                Ok(Some(Err(error))) => {
+                    self.ended = true;
+                    self.broken = Some(FetchError::Broken(told(&error)));
+                }
+                Ok(Some(Ok(frame))) => {
                     if let Some(data) = frame.data_ref() {
                         if data.len() as u64 > self.left {
                             return Err(FetchError::Wrong("sent more bytes than the blob has".to_owned()));
@@ -157,6 +157,9 @@ impl Body {
             }
         }
         if self.gathered.is_empty() {
+            if let Some(error) = self.broken.take() {
+                return Err(error);
+            }
             return if self.exact && self.left > 0 {
                 Err(FetchError::Broken(format!("stopped {} bytes early", self.left)))
             } else {

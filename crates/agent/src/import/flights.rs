@@ -14,13 +14,19 @@ pub struct Flights(Mutex<HashMap<Digest, Weak<AsyncMutex<()>>>>);
 impl Flights {
     /// Waits for the blob's turn, first come first served.
     pub async fn turn(&self, digest: &Digest) -> OwnedMutexGuard<()> {
-        let lock = {
-            let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let lock = flights.get(digest).and_then(Weak::upgrade).unwrap_or_default();
-            flights.retain(|_, lock| lock.strong_count() > 0);
-            flights.insert(digest.clone(), Arc::downgrade(&lock));
-            lock
-        };
-        lock.lock_owned().await
+        self.lock_of(digest).lock_owned().await
+    }
+
+    /// The blob's turn if nobody has it.
+    pub fn try_turn(&self, digest: &Digest) -> Option<OwnedMutexGuard<()>> {
+        self.lock_of(digest).try_lock_owned().ok()
+    }
+
+    fn lock_of(&self, digest: &Digest) -> Arc<AsyncMutex<()>> {
+        let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = flights.get(digest).and_then(Weak::upgrade).unwrap_or_default();
+        flights.retain(|_, lock| lock.strong_count() > 0);
+        flights.insert(digest.clone(), Arc::downgrade(&lock));
+        lock
     }
 }

@@ -51,7 +51,7 @@ pub struct RequestError {
     reason: String,
 }
 
-fn wrong(field: &'static str, value: &str, reason: impl ToString) -> RequestError {
+fn wrong(field: &'static str, value: &str, reason: &dyn std::fmt::Display) -> RequestError {
     RequestError { field, value: value.chars().take(300).collect(), reason: reason.to_string() }
 }
 
@@ -65,7 +65,7 @@ impl TransferId {
     pub fn parse(id: &str) -> Result<Self, RequestError> {
         let fits = (1..=63).contains(&id.len());
         if !fits || !id.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-')) {
-            return Err(wrong("transfer_id", id, "must be 1 to 63 of a-z, 0-9 and -"));
+            return Err(wrong("transfer_id", id, &"must be 1 to 63 of a-z, 0-9 and -"));
         }
         Ok(Self(id.to_owned()))
     }
@@ -77,24 +77,24 @@ impl TryFrom<v1::ImportRequest> for ImportRequest {
     fn try_from(request: v1::ImportRequest) -> Result<Self, RequestError> {
         let id = TransferId::parse(&request.transfer_id)?;
         let reference: Reference =
-            request.reference.parse().map_err(|error| wrong("reference", &request.reference, error))?;
+            request.reference.parse().map_err(|error| wrong("reference", &request.reference, &error))?;
         if reference.to_string() != request.reference {
             let reason = format!("is not normalized, {reference} is");
-            return Err(wrong("reference", &request.reference, reason));
+            return Err(wrong("reference", &request.reference, &reason));
         }
         let digest: Digest =
-            request.digest.parse().map_err(|error| wrong("digest", &request.digest, error))?;
+            request.digest.parse().map_err(|error| wrong("digest", &request.digest, &error))?;
         if reference.digest().is_some_and(|pinned| *pinned != digest) {
             let reason = format!("differs from the digest in the reference {reference}");
-            return Err(wrong("digest", &request.digest, reason));
+            return Err(wrong("digest", &request.digest, &reason));
         }
         if request.sources.len() > MAX_SOURCES {
             let reason = format!("at most {MAX_SOURCES} are taken");
-            return Err(wrong("sources", &request.sources.len().to_string(), reason));
+            return Err(wrong("sources", &request.sources.len().to_string(), &reason));
         }
         let sources = request.sources.into_iter().map(|source| {
             let address = source.address.parse().map_err(|_| {
-                wrong("sources.address", &source.address, "must be ip:port, as in 10.0.0.7:9090")
+                wrong("sources.address", &source.address, &"must be ip:port, as in 10.0.0.7:9090")
             })?;
             Ok(Source { node: source.node_name, address })
         });

@@ -174,7 +174,7 @@ impl Run<'_> {
                         return Ok(bytes);
                     }
                     Ok(_) => {
-                        tried.note(source, FetchError::Wrong("gave bytes with another digest".to_owned()))
+                        tried.note(source, FetchError::Wrong("gave bytes with another digest".to_owned()));
                     }
                     Err(error) => tried.note(source, error),
                 }

@@ -54,11 +54,10 @@ impl Refusal {
             Self::ReadOnly => "this registry is read-only".to_owned(),
             Self::NotFound(path) => format!("no such path: {path}"),
             Self::NameInvalid(name) => format!("not a repository name: {name}"),
-            Self::DigestInvalid(reason) => reason.clone(),
             Self::ManifestUnknown(what) => format!("no such manifest on this node: {what}"),
             Self::BlobUnknown(what) => format!("no such blob on this node: {what}"),
             Self::Range(size) => format!("the range lies beyond the blob's {size} bytes"),
-            Self::Unavailable(reason) => reason.clone(),
+            Self::DigestInvalid(reason) | Self::Unavailable(reason) => reason.clone(),
         }
     }
 }

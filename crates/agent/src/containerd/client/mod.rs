@@ -25,6 +25,8 @@ use containerd_client::types;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use hyper_util::rt::TokioIo;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tote_image::{Descriptor, Digest};
 
@@ -192,6 +194,9 @@ impl Containerd for Client {
     async fn hold(&self, lease: &str, held: Held<'_>) -> Result<(), Error> {
         let resource = match held {
             Held::Blob(digest) => api::Resource { id: digest.to_string(), r#type: "content".to_owned() },
+            Held::Ingest(digest) => {
+                api::Resource { id: content::ingest_ref(digest), r#type: "ingests".to_owned() }
+            }
             Held::Snapshot { snapshotter, chain } => {
                 api::Resource { id: chain.to_string(), r#type: format!("snapshots/{snapshotter}") }
             }
@@ -254,19 +259,32 @@ impl Containerd for Client {
     async fn changes(&self) -> Result<BoxStream<'static, Change>, Error> {
         let filters = vec![
             format!("namespace=={NAMESPACE},topic~=\"^/images/\""),
-            format!("namespace=={NAMESPACE},topic==/content/delete"),
+            format!("namespace=={NAMESPACE},topic==\"/content/delete\""),
         ];
         let mut events = EventsClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE);
-        let stream = unary(events.subscribe(request(api::SubscribeRequest { filters }))).await?;
-        let changes = stream.take_while(|event| std::future::ready(event.is_ok())).filter_map(|event| {
-            let topic = event.map(|envelope| envelope.topic).unwrap_or_default();
-            std::future::ready(match topic.as_str() {
-                "/content/delete" => Some(Change::Content),
-                topic if topic.starts_with("/images/") => Some(Change::Images),
-                _ => None,
-            })
+        let (sender, receiver) = mpsc::channel(64);
+        // containerd answers, even with headers, only when there is a first event.
+        tokio::spawn(async move {
+            let forward = async {
+                let mut stream =
+                    events.subscribe(request(api::SubscribeRequest { filters })).await?.into_inner();
+                while let Some(event) = stream.message().await? {
+                    let change =
+                        if event.topic == "/content/delete" { Change::Content } else { Change::Images };
+                    if sender.send(change).await.is_err() {
+                        break;
+                    }
+                }
+                Ok::<_, tonic::Status>(())
+            };
+            tokio::select! {
+                () = sender.closed() => {}
+                ended = forward => if let Err(status) = ended {
+                    tracing::debug!(%status, "containerd's events ended");
+                }
+            }
         });
-        Ok(changes.boxed())
+        Ok(ReceiverStream::new(receiver).boxed())
     }
 }
 

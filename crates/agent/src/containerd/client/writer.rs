@@ -2,7 +2,7 @@
 //!
 //! Facts it stands on (containerd's `contentserver`): an ingest resumes if it is opened with the same
 //! reference and total; COMMIT must carry the offset, for 0 truncates; the answer to COMMIT may come twice;
-//! ALREADY_EXISTS may answer any message that carries `expected`.
+//! `ALREADY_EXISTS` may answer any message that carries `expected`.
 
 use std::time::Duration;
 

@@ -43,6 +43,23 @@ impl Fake {
         self.lock().calls_left = calls;
     }
 
+    /// Whether it has come to that.
+    pub fn is_dead(&self) -> bool {
+        self.lock().calls_left == Some(0)
+    }
+
+    /// What was written of a blob that is not committed.
+    pub fn partial(&self, digest: &Digest) -> Option<Vec<u8>> {
+        self.lock().ingests.get(digest).map(|ingest| ingest.data.clone())
+    }
+
+    /// Replaces what was written of a blob that is not committed.
+    pub fn overwrite_partial(&self, digest: &Digest, bytes: &[u8]) {
+        if let Some(ingest) = self.lock().ingests.get_mut(digest) {
+            ingest.data = bytes.to_vec();
+        }
+    }
+
     /// Whether CRI sees images.
     pub fn set_cri_blind(&self, blind: bool) {
         self.lock().cri_blind = blind;
@@ -244,6 +261,7 @@ impl Containerd for Fake {
     async fn hold(&self, lease: &str, held: Held<'_>) -> Result<(), Error> {
         let resource = match held {
             Held::Blob(digest) => Resource::Blob(digest.clone()),
+            Held::Ingest(digest) => Resource::Ingest(digest.clone()),
             Held::Snapshot { snapshotter, chain } => {
                 Resource::Snapshot(snapshotter.to_owned(), chain.to_string())
             }

@@ -1,0 +1,108 @@
+//! Peers that give wrong bytes, too few, too many, or none.
+
+use tote_agent::containerd::Fake;
+use tote_rpc::v1::Cause;
+
+use crate::peers::{Peer, Trick, agent, import, request};
+use crate::{NAME, PIECE, check_complete, check_nothing, image, large_image};
+
+fn tricks(size: usize) -> Vec<Trick> {
+    vec![
+        Trick::Wrong,
+        Trick::Cut(size / 8),
+        Trick::Stall(size / 8),
+        Trick::Endless,
+        Trick::Short(size / 8),
+        Trick::Hang,
+        Trick::Status(500),
+        Trick::Status(404),
+        Trick::Status(302),
+        Trick::Status(206),
+    ]
+}
+
+/// With any blob, and whatever a peer does, the next one is asked and the image arrives.
+#[tokio::test]
+async fn the_next_source_is_asked() {
+    let image = image().indexed();
+    let mut digests = vec![&image.target.digest, &image.manifest.digest, &image.config.digest];
+    digests.push(&image.layers[0].digest);
+    let cases = digests.into_iter().flat_map(|digest| {
+        tricks(image.bytes[digest].len()).into_iter().map(move |trick| (digest.clone(), trick))
+    });
+    let image = &image;
+    let runs = cases.map(|(digest, trick)| async move {
+        let (bad, good) = (Peer::holding(image, NAME).await, Peer::holding(image, NAME).await);
+        bad.trick(&digest, trick.clone());
+        let target = Fake::default();
+        let outcome = import(&agent(&target), request("t", NAME, image, &[&bad, &good])).await;
+        let done = outcome.unwrap_or_else(|failed| panic!("{trick:?} with {digest}: {failed:?}"));
+        assert_eq!(done.source_nodes.len(), 2, "{trick:?} with {digest}: {:?}", done.source_nodes);
+        check_complete(&target, image, NAME).await;
+    });
+    futures::future::join_all(runs).await;
+}
+
+/// If there is no other peer, the failure says what each did, and nothing is visible.
+#[tokio::test]
+async fn alone_it_is_named() {
+    let image = image();
+    let digest = &image.layers[0].digest;
+    let image = &image;
+    let runs = tricks(image.bytes[digest].len()).into_iter().map(|trick| async move {
+        let (bad, target) = (Peer::holding(image, NAME).await, Fake::default());
+        bad.trick(digest, trick.clone());
+        let agent = agent(&target);
+        let failed = import(&agent, request("t", NAME, image, &[&bad])).await.unwrap_err();
+        let cause = match trick {
+            Trick::Wrong | Trick::Endless => Cause::DigestMismatch,
+            _ => Cause::NoSource,
+        };
+        assert_eq!((failed.cause(), failed.retryable), (cause, true), "{trick:?}: {}", failed.message);
+        assert!(failed.message.contains(&bad.node), "{trick:?}: {}", failed.message);
+        assert!(failed.message.contains(digest.as_str()), "{trick:?}: {}", failed.message);
+        assert!(agent.cancel(&request("t", NAME, image, &[]).id).await.unwrap());
+        check_nothing(&target).await;
+    });
+    futures::future::join_all(runs).await;
+}
+
+/// What came before a connection broke is not asked for again.
+#[tokio::test]
+async fn a_broken_transfer_is_resumed() {
+    let image = image();
+    let digest = &image.layers[0].digest;
+    let half = image.bytes[digest].len() / 2;
+    let (bad, good) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    bad.trick(digest, Trick::Cut(half));
+    let target = Fake::default();
+    let done = import(&agent(&target), request("t", NAME, &image, &[&bad, &good])).await.unwrap();
+    assert_eq!(good.offsets(digest), [half as u64]);
+    assert_eq!(done.transferred_bytes, done.total_bytes);
+    check_complete(&target, &image, NAME).await;
+}
+
+/// Half from one that lies, half from one that does not: the honest one is not blamed.
+#[tokio::test]
+async fn the_honest_one_is_not_blamed() {
+    let image = large_image();
+    let digest = &image.layers[0].digest;
+    let wrong = vec![0x55; PIECE];
+    let (liar, honest) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    // The liar's bytes are what an earlier agent left behind.
+    let target = Fake::default();
+    let first = agent(&target);
+    liar.trick(digest, Trick::Stall(PIECE + 1000));
+    let attached = first.attach(request("t", NAME, &image, &[&liar])).unwrap();
+    crate::eventually("half a layer", async || {
+        target.partial(digest).is_some_and(|partial| partial.len() == wrong.len())
+    })
+    .await;
+    first.stop().await;
+    drop(attached);
+    target.overwrite_partial(digest, &wrong);
+    let done = import(&agent(&target), request("t", NAME, &image, &[&honest])).await.unwrap();
+    assert_eq!(honest.offsets(digest), [wrong.len() as u64, 0]);
+    assert_eq!(done.source_nodes, [honest.node.clone()]);
+    check_complete(&target, &image, NAME).await;
+}

@@ -1,0 +1,182 @@
+//! Peers that serve an image by the real distribution API, and do as they are told with some blobs.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use bytes::Bytes;
+use futures::{StreamExt, stream};
+use http::StatusCode;
+use tokio::net::TcpListener;
+use tote_agent::containerd::Fake;
+use tote_agent::import::{Bandwidth, Context, ImportRequest, Imports, Lifetimes, Patience};
+use tote_agent::serve::{Served, router};
+use tote_agent::testing::Blobs;
+use tote_image::Digest;
+use tote_rpc::v1::{self, import_event::Event};
+use tower::ServiceExt;
+
+/// What a peer does when it is asked for a blob.
+#[derive(Clone, Debug)]
+pub enum Trick {
+    /// Other bytes of the same length.
+    Wrong,
+    /// The first bytes, then the connection breaks.
+    Cut(usize),
+    /// The first bytes, then nothing more comes.
+    Stall(usize),
+    /// Bytes without end, and no Content-Length.
+    Endless,
+    /// Fewer bytes than the blob has, as if that were all.
+    Short(usize),
+    /// Nothing, not even a head.
+    Hang,
+    /// This status.
+    Status(u16),
+}
+
+/// A peer on loopback.
+pub struct Peer {
+    pub node: String,
+    pub address: SocketAddr,
+    pub fake: Fake,
+    tricks: Arc<Mutex<HashMap<Digest, Trick>>>,
+    asked: Arc<Mutex<HashMap<Digest, Vec<u64>>>>,
+}
+
+impl Peer {
+    pub async fn holding(image: &Blobs, name: &str) -> Self {
+        let fake = Fake::default();
+        image.pull_into(&fake, name);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let tricks: Arc<Mutex<HashMap<Digest, Trick>>> = Arc::default();
+        let asked: Arc<Mutex<HashMap<Digest, Vec<u64>>>> = Arc::default();
+        let api = router(Served { containerd: Arc::new(fake.clone()), metrics: Arc::default() });
+        let (tricking, counting) = (tricks.clone(), asked.clone());
+        let app = axum::Router::new().fallback(move |request: Request| {
+            let last = request.uri().path().rsplit('/').next().and_then(|last| last.parse::<Digest>().ok());
+            let from = request.headers().get("range").map_or(0, |range| {
+                let range = range.to_str().unwrap().trim_start_matches("bytes=");
+                range.trim_end_matches('-').parse().unwrap()
+            });
+            let trick = last.and_then(|digest| {
+                counting.lock().unwrap().entry(digest.clone()).or_default().push(from);
+                tricking.lock().unwrap().get(&digest).cloned()
+            });
+            let answer = api.clone().oneshot(request);
+            async move {
+                let answer = answer.await.unwrap();
+                match trick {
+                    Some(trick) => perform(trick, answer).await,
+                    None => answer,
+                }
+            }
+        });
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        Self { node: format!("node-{}", address.port()), address, fake, tricks, asked }
+    }
+
+    /// Plays a trick whenever it is asked for a blob.
+    pub fn trick(&self, digest: &Digest, trick: Trick) {
+        self.tricks.lock().unwrap().insert(digest.clone(), trick);
+    }
+
+    pub fn behave(&self) {
+        self.tricks.lock().unwrap().clear();
+    }
+
+    /// How often it was asked for a blob.
+    pub fn asked(&self, digest: &Digest) -> usize {
+        self.asked.lock().unwrap().get(digest).map_or(0, Vec::len)
+    }
+
+    /// From which offsets it was asked for a blob.
+    pub fn offsets(&self, digest: &Digest) -> Vec<u64> {
+        self.asked.lock().unwrap().get(digest).cloned().unwrap_or_default()
+    }
+}
+
+async fn perform(trick: Trick, answer: Response) -> Response {
+    let (mut parts, body) = answer.into_parts();
+    let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+    let first = |count: usize| Ok::<_, std::io::Error>(bytes.slice(..count.min(bytes.len())));
+    let body = match trick {
+        Trick::Wrong => Body::from(vec![0x55; bytes.len()]),
+        Trick::Cut(count) => {
+            let cut = stream::once(async {
+                // So that the first bytes are out when the connection breaks.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                Err(std::io::Error::other("cut"))
+            });
+            Body::from_stream(stream::iter([first(count)]).chain(cut))
+        }
+        Trick::Stall(count) => Body::from_stream(stream::iter([first(count)]).chain(stream::pending())),
+        Trick::Endless => {
+            parts.headers.remove("content-length");
+            let piece = || Ok::<_, std::io::Error>(Bytes::from_static(&[7; 4096]));
+            Body::from_stream(stream::repeat_with(piece))
+        }
+        Trick::Short(count) => {
+            parts.headers.remove("content-length");
+            Body::from_stream(stream::iter([first(count)]))
+        }
+        Trick::Hang => std::future::pending().await,
+        Trick::Status(status) => {
+            parts.status = StatusCode::from_u16(status).unwrap();
+            parts.headers.remove("content-length");
+            Body::from("no")
+        }
+    };
+    Response::from_parts(parts, body)
+}
+
+/// What the tests wait for is short.
+pub const PATIENCE: Patience = Patience {
+    head: Duration::from_millis(300),
+    piece: Duration::from_millis(500),
+    pause: Duration::from_millis(20),
+    rounds: 3,
+};
+
+pub const LIFETIMES: Lifetimes =
+    Lifetimes { abandoned: Duration::from_millis(150), remembered: Duration::from_secs(600) };
+
+pub fn agent(fake: &Fake) -> Arc<Imports> {
+    agent_with(fake, Bandwidth::default(), Lifetimes::default())
+}
+
+pub fn agent_with(fake: &Fake, bandwidth: Bandwidth, lifetimes: Lifetimes) -> Arc<Imports> {
+    let context = Context::new(Arc::new(fake.clone()), tote_rpc::blob_client(), bandwidth);
+    let visible_within = Duration::from_millis(200);
+    Arc::new(Imports::new(Context { patience: PATIENCE, visible_within, ..context }, lifetimes))
+}
+
+pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRequest {
+    let source =
+        |peer: &&Peer| v1::Source { node_name: peer.node.clone(), address: peer.address.to_string() };
+    let request = v1::ImportRequest {
+        term: None,
+        transfer_id: id.to_owned(),
+        reference: name.to_owned(),
+        digest: image.target.digest.to_string(),
+        sources: peers.iter().map(source).collect(),
+    };
+    request.try_into().unwrap()
+}
+
+/// Imports and waits for the end, as the wire tells it.
+pub async fn import(imports: &Imports, request: ImportRequest) -> Result<v1::Done, v1::Failed> {
+    let mut attached = imports.attach(request).unwrap();
+    let ended = attached.states.wait_for(|state| state.outcome.is_some());
+    let state = tokio::time::timeout(Duration::from_secs(30), ended).await.expect("an end").unwrap().clone();
+    match v1::ImportEvent::from(&state).event {
+        Some(Event::Done(done)) => Ok(done),
+        Some(Event::Failed(failed)) => Err(failed),
+        other => panic!("no end: {other:?}"),
+    }
+}
