@@ -61,6 +61,7 @@ fn image(n: u8) -> v1::Image {
     }
 }
 
+#[allow(clippy::unnecessary_wraps)] // an item of a stream
 fn message(message: Message) -> Result<v1::SessionResponse, Status> {
     Ok(v1::SessionResponse { message: Some(message) })
 }
