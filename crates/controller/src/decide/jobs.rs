@@ -171,6 +171,10 @@ impl State {
 
     fn fail(&mut self, uid: &str, reason: &str, message: &str, now: Timestamp) {
         let Some((job, _)) = self.jobs.get_mut(uid) else { return };
+        if job.status.attempts > 0 {
+            // Also after a failed attempt: the agent keeps what it got, for another one.
+            self.actions.push(cancel(job));
+        }
         job.run = Run::Idle;
         status::enter(job, Phase::Failed, reason, message, now);
         self.actions.push(Action::Count(Count::Failure));
@@ -266,12 +270,7 @@ impl State {
                     self.start(uid, &digest, sources, now);
                 }
             }
-            Step::Fail { reason, message } => {
-                if !matches!(job.run, Run::Idle) {
-                    self.actions.push(cancel(job));
-                }
-                self.fail(uid, reason, &message, now);
-            }
+            Step::Fail { reason, message } => self.fail(uid, reason, &message, now),
             Step::Expire => {
                 if book.delete_after.is_none_or(|at| at <= now) {
                     book.delete_after = Some(after(now, 30));

@@ -254,7 +254,7 @@ impl State {
                 status::message(&job.status).clone_into(&mut source);
             }
             let note = format!(
-                "{source}. The registry still does not serve it: push it again before the next node needs it."
+                "{source}. The cause remains: see that the registry serves it before the next pod waits."
             );
             let tell = entry.tell(wait, false, names::event::IMAGE_SALVAGED, "Salvaged", &note);
             self.actions.extend(tell);

@@ -156,9 +156,10 @@ impl Job {
         self.spec.node_name == node && self.wanted.as_ref().is_ok_and(|wanted| wanted.reference == *reference)
     }
 
-    /// Opaque name of the transfer of the present attempt, for the agent.
+    /// Opaque name of the transfer, for the agent: the same for every attempt, so that what a failed one got
+    /// serves the next.
     pub fn transfer_id(&self) -> String {
-        format!("{}-{}", self.uid, self.status.attempts)
+        self.uid.to_string()
     }
 }
 
