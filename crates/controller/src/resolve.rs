@@ -110,23 +110,24 @@ impl Missing {
     pub fn message(&self, image: &str) -> String {
         match self {
             Self::Nowhere { digest } => {
-                let what = match digest {
-                    Some(digest) if !image.ends_with(digest.as_str()) => format!("{image} ({digest})"),
-                    _ => image.to_owned(),
-                };
+                let what = digest
+                    .as_ref()
+                    .map_or_else(|| image.to_owned(), |digest| text::image(image, digest.as_str()));
                 format!(
                     "no node whose agent answers holds {what}: start it once where it can still be pulled, load it on a \
                      node, or push it to the registry again"
                 )
             }
             Self::Incomplete { digest, nodes } => format!(
-                "{image} ({digest}) is on {}, but blobs of it are missing there, as containerd's \
-                 discard_unpacked_layers or an interrupted pull leaves it: push it to the registry again",
+                "{} is on {}, but blobs of it are missing there, as containerd's discard_unpacked_layers or an \
+                 interrupted pull leaves it: push it to the registry again",
+                text::image(image, digest.as_str()),
                 text::list(nodes)
             ),
             Self::OtherPlatform { digest, nodes } => format!(
-                "{image} ({digest}) is on {}, but only for another platform than the one this node has: build it \
-                 for this platform, or choose nodes by kubernetes.io/arch",
+                "{} is on {}, but only for another platform than the one this node has: build it for this platform, or \
+                 choose nodes by kubernetes.io/arch",
+                text::image(image, digest.as_str()),
                 text::list(nodes)
             ),
             Self::Ambiguous { meanings } => {

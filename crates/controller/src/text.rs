@@ -31,6 +31,11 @@ pub fn bounded(text: &str, limit: usize) -> String {
     format!("{}{CUT}", &text[..end])
 }
 
+/// `image (digest)`, or the image alone if it is pinned to that digest.
+pub fn image(image: &str, digest: &str) -> String {
+    if image.ends_with(digest) { image.to_owned() } else { format!("{image} ({digest})") }
+}
+
 /// `5.2 MiB`.
 #[allow(clippy::cast_precision_loss)] // one decimal is shown
 pub fn bytes(n: i64) -> String {
@@ -59,6 +64,10 @@ mod tests {
         let nodes: Vec<String> = (0..5000).map(|n| format!("node-{n}")).collect();
         assert_eq!(list(&nodes), "node-0, node-1, node-2, node-3, node-4 and 4995 more");
         assert_eq!(list(&nodes[..2]), "node-0, node-1");
+        assert_eq!(
+            (image("x:1", "sha256:a"), image("x@sha256:a", "sha256:a")),
+            ("x:1 (sha256:a)".into(), "x@sha256:a".into())
+        );
         let cut = bounded(&"é".repeat(1000), MAX_NOTE);
         assert!(cut.len() <= MAX_NOTE && cut.ends_with("..."), "{}", cut.len());
         assert_eq!(bounded("short", MAX_NOTE), "short");

@@ -297,10 +297,11 @@ impl State {
         self.streams += 1;
         job.run = Run::Running { stream: self.streams, digest: digest.clone(), sources: sources.clone() };
         let names: Vec<String> = sources.iter().map(|source| source.node.to_string()).collect();
+        let image = text::image(&job.spec.image, digest.as_str());
         let message = if names.is_empty() {
-            format!("{} ({digest}) needs no blobs from other nodes", job.spec.image)
+            format!("{image} needs no blobs from other nodes")
         } else {
-            format!("{} ({digest}) comes from {}", job.spec.image, text::list(&names))
+            format!("{image} comes from {}", text::list(&names))
         };
         if job.status.transfer.is_none_or(|transfer| transfer.transferred_bytes == 0) {
             job.status.source_nodes = names;

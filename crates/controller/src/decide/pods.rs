@@ -21,6 +21,10 @@ use crate::text;
 const FIRST_WAKE: Duration = Duration::from_secs(1);
 const LAST_WAKE: Duration = Duration::from_secs(10);
 
+/// After so many wakes (some 5 minutes) they become rare.
+const MANY_WAKES: u32 = 30;
+const RARE_WAKE: Duration = Duration::from_secs(60);
+
 /// After so many wakes (some 7 s) the pod's event says what kubelet is waiting for.
 const WAKES_BEFORE_CAUSE: u32 = 4;
 
@@ -225,7 +229,8 @@ impl State {
         }
         wake.count = wake.count.saturating_add(1);
         let count = wake.count;
-        let pause = delay(FIRST_WAKE, LAST_WAKE, count, entry.seed);
+        let longest = if count < MANY_WAKES { LAST_WAKE } else { RARE_WAKE };
+        let pause = delay(FIRST_WAKE, longest, count, entry.seed);
         wake.next = now
             .checked_add(SignedDuration::try_from(pause).unwrap_or(SignedDuration::from_secs(1)))
             .unwrap_or(Timestamp::MAX);
@@ -276,8 +281,9 @@ impl State {
         } else {
             format!(", where it is also called {}", text::list(&others))
         };
+        let image = text::image(&name, digest.as_str());
         format!(
-            "kubelet requires a pull: {name} ({digest}) is on node {}{others}, but kubelet does not take it from \
+            "kubelet requires a pull: {image} is on node {}{others}, but kubelet does not take it from \
              there. It does so when it pulled this image itself from another repository, or while a pull of this \
              name hangs or was cut off by its restart. In the first case use the name that was pulled, or serve this \
              one from a registry; in the second it ends with the pull.",
@@ -346,9 +352,10 @@ impl State {
             format!("on {}", text::list(sources))
         };
         let note = format!(
-            "kubelet cannot pull {} ({}), but the image ({digest}) is {place}: it is salvaged from there. Find out why \
-             the registry does not serve it.",
-            wait.image, wait.reason
+            "{} for {}, but the image is {place}: it is salvaged from there. Find out why the registry does not \
+             serve it.",
+            wait.reason,
+            text::image(&wait.image, digest.as_str())
         );
         let tell = entry.tell(wait, true, names::event::IMAGE_SALVAGEABLE, "Salvage", &note);
         self.actions.extend(tell);

@@ -110,7 +110,7 @@ pub fn progress(job: &mut Job, progress: &Progress) {
 pub fn imported_message(job: &Job, progress: &Progress) -> String {
     let digest = job.status.digest.as_deref().unwrap_or_default();
     let moved = super::plan::moved(progress.transferred, &progress.source_nodes);
-    format!("{} ({digest}) is on node {}: {moved}", job.spec.image, job.spec.node_name)
+    format!("{} is on node {}: {moved}", text::image(&job.spec.image, digest), job.spec.node_name)
 }
 
 /// Notes that a pod was woken.
