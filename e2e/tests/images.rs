@@ -135,6 +135,10 @@ fn the_awkward_image_keeps_what_the_entries_say() {
     assert_eq!(of("data/setuid"), (0o4755, 0, 0));
     assert_eq!(of("data/unreadable"), (0, 100_000, 2_000_000));
     assert!(seen["data/one-again"].0.entry_type().is_hard_link());
+    assert_eq!(of("data/one-again"), (0o640, 1000, 2000));
+    let lost = Layer::new(Compression::None).with(Entry::hardlink("a", "b"));
+    let error = Build::new().layer(lost).write(&layout()).unwrap_err().to_string();
+    assert!(error.contains("a links to b"), "{error}");
     assert!(seen["data/pipe"].0.entry_type().is_fifo());
     let binary = ("SCHILY.xattr.user.tote.binary".to_owned(), vec![0, 1, 255]);
     assert!(seen["data/attributes"].1.contains(&binary), "{:?}", seen["data/attributes"].1);

@@ -33,3 +33,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "tote.metricsPort" -}}
 {{ regexFind "[0-9]+$" .Values.config.metricsAddr }}
 {{- end -}}
+
+{{/* Pod Security level that the release's namespace itself enforces; empty if none, or if there is no cluster to ask. */}}
+{{- define "tote.podSecurity" -}}
+{{- lookup "v1" "Namespace" "" .Release.Namespace | dig "metadata" "labels" "pod-security.kubernetes.io/enforce" "" -}}
+{{- end -}}

@@ -89,7 +89,8 @@ impl Entry {
         Self::new(path, Kind::Symlink(target.to_owned()), 0o777)
     }
 
-    /// A hard link to an earlier entry of the same layer.
+    /// A hard link to an earlier entry of the same layer, whose mode and owner it has: whoever unpacks it applies those
+    /// of the link's header to the file.
     pub fn hardlink(path: &str, target: &str) -> Self {
         Self::new(path, Kind::Hardlink(target.trim_start_matches('/').to_owned()), 0o644)
     }
@@ -224,6 +225,16 @@ impl Layer {
         self.entries.iter().any(|e| matches!(e.kind, Kind::Random { .. }))
     }
 
+    /// The entry, with the mode and the owner of the file that it links to.
+    fn resolved(&self, entry: &Entry) -> Result<Entry> {
+        let Kind::Hardlink(target) = &entry.kind else { return Ok(entry.clone()) };
+        let file =
+            self.entries.iter().find(|e| e.path == *target).with_context(|| {
+                format!("{} links to {target}, which this layer does not hold", entry.path)
+            })?;
+        Ok(entry.clone().mode(file.mode).owner(file.uid, file.gid))
+    }
+
     /// Writes the uncompressed tar.
     pub(super) fn write_tar<W: Write>(&self, out: W) -> Result<W> {
         let mut tar = tar::Builder::new(out);
@@ -237,7 +248,9 @@ impl Layer {
             if matches!(entry.kind, Kind::Directory) {
                 directories.insert(entry.path.clone());
             }
-            entry.write(&mut tar).with_context(|| format!("writing {} into a layer", entry.path))?;
+            self.resolved(entry)?
+                .write(&mut tar)
+                .with_context(|| format!("writing {} into a layer", entry.path))?;
         }
         Ok(tar.into_inner()?)
     }
