@@ -68,6 +68,7 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
                 None => std::future::pending().await,
             }
         };
+        let mut due = false;
         tokio::select! {
             n = incoming.recv_many(&mut batch, BATCH) => {
                 if n == 0 {
@@ -81,7 +82,7 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
                     batch.push(Event::Fleet(event));
                 }
             }
-            () = alarm => {}
+            () = alarm => due = true,
             ended = watches.join_next() => {
                 tracing::error!(?ended, "a watch ended");
                 return;
@@ -90,7 +91,10 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
         let began = Instant::now();
         let now = Timestamp::now();
         for event in batch.drain(..) {
-            state.apply(event, now);
+            due |= state.apply(event, now);
+        }
+        if !due {
+            continue;
         }
         let decision = state.decide(now);
         again = decision.again;

@@ -48,23 +48,24 @@ pub(super) struct Book {
 }
 
 impl State {
-    pub(super) fn apply_job(&mut self, object: SalvageJob) {
+    pub(super) fn apply_job(&mut self, object: SalvageJob) -> bool {
         let metadata = object.metadata;
         let (Some(namespace), Some(name), Some(uid)) = (metadata.namespace, metadata.name, metadata.uid)
         else {
-            return;
+            return false;
         };
         let uid: Arc<str> = uid.into();
         let generation = metadata.generation.unwrap_or(0);
         let terminating = metadata.deletion_timestamp.is_some();
         if let Some((job, _)) = self.jobs.get_mut(&uid) {
-            // A create's answer and the watch may come in either order.
-            if generation >= job.generation {
+            // A create's answer and the watch may come in either order; most events echo a status.
+            let news = generation > job.generation || (terminating && !job.terminating);
+            if generation > job.generation {
                 job.generation = generation;
                 job.spec = object.spec;
             }
             job.terminating |= terminating;
-            return;
+            return news;
         }
         let created = metadata.creation_timestamp.map_or(Timestamp::UNIX_EPOCH, |at| at.0);
         let written = object.status.clone().unwrap_or_default();
@@ -89,6 +90,7 @@ impl State {
             told,
         };
         self.jobs.insert(uid, (job, book));
+        true
     }
 
     pub(super) fn job_gone(&mut self, uid: &Arc<str>) {
@@ -229,6 +231,9 @@ impl State {
         let (job, book) = self.jobs.get_mut(uid)?;
         if job.status.node_uid.is_none() && job.is_open() {
             job.status.node_uid = self.world.nodes.get(&*job.spec.node_name).map(ToString::to_string);
+        }
+        if job.status.digest.is_none() {
+            job.status.digest = job.digest().map(|digest| digest.to_string());
         }
         let plan = plan(job, &self.world, now);
         if let Some(at) = plan.again {

@@ -93,23 +93,22 @@ impl State {
         }
     }
 
-    /// Takes in what happened.
-    pub fn apply(&mut self, event: Event, now: Timestamp) {
+    /// Takes in what happened. Tells whether there is anything to decide: most of what a cluster tells, such
+    /// as that a pod still runs, changes nothing.
+    pub fn apply(&mut self, event: Event, now: Timestamp) -> bool {
         match event {
-            Event::Pod { uid, waiting } => self.apply_pod(uid, waiting),
+            Event::Pod { uid, waiting } => return self.apply_pod(uid, waiting),
             Event::Namespace { name, consent: Some(consent) } => {
-                self.world.namespaces.insert(name, consent);
+                return self.world.namespaces.insert(name, consent) != Some(consent);
             }
             Event::Namespace { name, consent: None } => {
-                self.world.namespaces.remove(&name);
+                return self.world.namespaces.remove(&name).is_some();
             }
             Event::Node { name, uid: Some(uid) } => {
-                self.world.nodes.insert(name, uid);
+                return self.world.nodes.insert(name, uid.clone()) != Some(uid);
             }
-            Event::Node { name, uid: None } => {
-                self.world.nodes.remove(&name);
-            }
-            Event::Job(job) => self.apply_job(*job),
+            Event::Node { name, uid: None } => return self.world.nodes.remove(&name).is_some(),
+            Event::Job(job) => return self.apply_job(*job),
             Event::JobGone { uid } => self.job_gone(&uid),
             Event::Listed(kind, seen) => self.listed(kind, &seen),
             Event::Fleet(event) => self.world.apply_fleet(event, now),
@@ -124,6 +123,7 @@ impl State {
             Event::StatusWritten { uid, ok } => self.status_written(&uid, ok, now),
             Event::DeleteFailed { uid } => self.delete_failed(&uid, now),
         }
+        true
     }
 
     /// What to do about all of it.
@@ -137,17 +137,11 @@ impl State {
         Decision { actions: std::mem::take(&mut self.actions), again }
     }
 
-    fn apply_pod(&mut self, uid: Arc<str>, waiting: Option<WaitingPod>) {
-        match waiting {
-            None => {
-                self.pods.remove(&uid);
-            }
-            Some(pod) => match self.pods.get_mut(&uid) {
-                Some(entry) => entry.pod = pod,
-                None => {
-                    self.pods.insert(uid, PodEntry::new(pod));
-                }
-            },
+    fn apply_pod(&mut self, uid: Arc<str>, waiting: Option<WaitingPod>) -> bool {
+        let Some(pod) = waiting else { return self.pods.remove(&uid).is_some() };
+        match self.pods.get_mut(&uid) {
+            Some(entry) => std::mem::replace(&mut entry.pod, pod) != entry.pod,
+            None => self.pods.insert(uid, PodEntry::new(pod)).is_none(),
         }
     }
 

@@ -312,6 +312,18 @@ fn who_is_not_opted_in_is_left_alone() {
 }
 
 #[test]
+fn what_changes_nothing_asks_for_no_decision() {
+    let mut bench = Bench::new();
+    let now = bench.now;
+    let mut news = |event: Event| bench.state.apply(event, now);
+    assert!(!news(Event::Pod { uid: "unknown".into(), waiting: None }));
+    assert!(!news(Event::Node { name: "a".into(), uid: Some("uid-a".into()) }));
+    assert!(news(Event::Node { name: "a".into(), uid: Some("uid-other".into()) }));
+    assert!(!news(Event::Namespace { name: "shop".into(), consent: Some(Consent::Given) }));
+    assert!(news(Event::Namespace { name: "shop".into(), consent: Some(Consent::NotGiven) }));
+}
+
+#[test]
 fn nothing_is_decided_before_every_list_is_known() {
     let mut bench = Bench::cold(true);
     bench.on(Event::Fleet(FleetEvent::Expected(["a".into()].into())));
