@@ -53,6 +53,8 @@ pub struct WaitingPod {
     pub node: Arc<str>,
     /// Whether the pod itself is opted in.
     pub opted_in: bool,
+    /// What the controller last wrote of an import for it ([`names::IMPORTED_AT`]).
+    pub imported_at: Option<String>,
     /// One for each container that waits; never empty.
     pub waits: Vec<Wait>,
 }
@@ -97,6 +99,7 @@ pub fn waiting(pod: &PodView) -> Option<WaitingPod> {
         uid: pod.uid.as_str().into(),
         node: pod.node.as_str().into(),
         opted_in: is_true(&pod.annotations, names::AUTO_SALVAGE),
+        imported_at: pod.annotations.get(names::IMPORTED_AT).cloned(),
         waits,
     })
 }

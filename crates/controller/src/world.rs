@@ -28,6 +28,8 @@ pub struct World {
     /// Agents without a session though they are ready, and since when.
     missing: HashMap<NodeName, Timestamp>,
     expected: std::collections::BTreeSet<NodeName>,
+    /// Whether the fleet was known well enough once.
+    settled: bool,
 }
 
 impl World {
@@ -53,6 +55,16 @@ impl World {
             return Some(after(now, 1));
         }
         self.missing.values().map(|since| after(*since, SETTLE_SECONDS)).filter(|until| *until > now).max()
+    }
+
+    /// To be called before decisions: notes that the fleet is known well enough for the first time.
+    pub fn settle(&mut self, now: Timestamp) {
+        self.settled = self.settled || self.unsettled_until(now).is_none();
+    }
+
+    /// When the fleet will be known well enough for the first time; `None` if it was.
+    pub fn first_settled(&self, now: Timestamp) -> Option<Timestamp> {
+        if self.settled { None } else { self.unsettled_until(now) }
     }
 
     /// Takes in what a session tells.

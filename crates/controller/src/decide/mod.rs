@@ -131,6 +131,7 @@ impl State {
         let mut again = None;
         if self.is_synced() {
             self.creating.retain(|_, until| *until > now);
+            self.world.settle(now);
             self.decide_pods(now, &mut again);
             self.decide_jobs(now, &mut again);
         }

@@ -236,11 +236,14 @@ impl State {
             .unwrap_or(Timestamp::MAX);
         sooner(again, wake.next);
         let mut annotations = BTreeMap::new();
-        if let Some(at) = &completed {
+        let imported_at = completed.map(|at| status::seconds(at.0));
+        // Then a controller before this one has told it, too.
+        let known = imported_at.is_some() && imported_at == pod.imported_at;
+        if let Some(at) = &imported_at {
             annotations.insert(names::SALVAGED_DIGEST.to_owned(), digest.to_string());
-            annotations.insert(names::IMPORTED_AT.to_owned(), status::seconds(at.0));
+            annotations.insert(names::IMPORTED_AT.to_owned(), at.clone());
         }
-        if count > 1 || completed.is_none() {
+        if count > 1 || known || imported_at.is_none() {
             annotations.insert(names::WAKE.to_owned(), now.to_string());
         }
         self.actions.push(Action::WakePod {
@@ -252,6 +255,7 @@ impl State {
         self.actions.push(Action::Count(Count::Wake));
         if let Some(uid) = &job
             && count == 1
+            && !known
         {
             let mut source = String::new();
             if let Some((job, _)) = self.jobs.get_mut(uid) {

@@ -47,6 +47,7 @@ impl Bench {
         for node in ["a", "b", "c"] {
             bench.up(node, vec![]);
         }
+        assert_eq!(bench.decide(), []);
         bench
     }
 
@@ -104,6 +105,7 @@ impl Bench {
             uid: format!("uid-{pod}").into(),
             node: node.into(),
             opted_in: true,
+            imported_at: None,
             waits: vec![wait],
         };
         edit(&mut waiting);
@@ -271,6 +273,9 @@ fn a_pod_that_waits_gets_its_image_and_is_woken_until_it_runs() {
     for pod in ["p1", "p2"] {
         bench.on(Event::Pod { uid: format!("uid-{pod}").into(), waiting: None });
     }
+    bench.waits_in("shop", "p3", "b", "r.test/x:1", |pod| {
+        pod.imported_at = Some("2026-01-01T00:00:00Z".to_owned());
+    });
     let again = woken(&bench.pass(2));
     assert_eq!(again.len(), 1, "p3 still waits");
     assert!(again[0].1.contains_key(names::WAKE), "a patch that changes nothing wakes nobody");
@@ -580,6 +585,30 @@ fn a_controller_that_starts_anew_attaches_to_what_runs() {
     });
     assert_eq!(id.as_deref(), Some("u"));
     assert_eq!(bench.state.jobs["u"].0.status.attempts, 2, "the same attempt");
+}
+
+#[test]
+fn a_controller_that_starts_anew_says_nothing_new_before_it_knows_the_agents() {
+    let mut bench = Bench::cold(true);
+    let job: SalvageJob = serde_json::from_value(json!({
+        "apiVersion": "tote.dev/v1alpha1", "kind": "SalvageJob",
+        "metadata": {"namespace": "shop", "name": "j", "uid": "u", "generation": 1},
+        "spec": {"image": "r.test/x:1", "nodeName": "b"},
+        "status": {"phase": "Transferring", "attempts": 1, "digest": digest(1).as_str(),
+            "nodeUID": "uid-b", "startTime": "2025-12-31T23:59:00Z"}
+    }))
+    .unwrap();
+    bench.on(Event::Job(Box::new(job)));
+    for kind in Kind::ALL {
+        bench.on(Event::Listed(kind, ["shop", "a", "b", "u"].map(Arc::from).into()));
+    }
+    assert_eq!(bench.decide(), [], "the agents are not known");
+    bench.on(Event::Fleet(FleetEvent::Expected(["a".into(), "b".into()].into())));
+    assert_eq!(bench.decide(), [], "they have not answered");
+    bench.up("b", vec![]);
+    assert_eq!(bench.decide(), [], "the source has not answered");
+    bench.pass(11);
+    assert_eq!(bench.reason("u"), (Phase::Pending, "NoSource".into()), "it was waited for");
 }
 
 #[test]

@@ -68,7 +68,14 @@ pub struct Plan {
 /// Decides over `job`.
 pub fn plan(job: &Job, world: &World, now: Timestamp) -> Plan {
     let mut again = None;
-    let step = decide(job, world, now, &mut again);
+    let mut step = decide(job, world, now, &mut again);
+    if matches!(step, Step::Wait { cancel: false, .. })
+        && let Some(at) = world.first_settled(now)
+    {
+        // What is missing may only not have been heard of yet.
+        sooner(&mut again, at);
+        step = Step::Keep;
+    }
     Plan { step, again }
 }
 
