@@ -4,15 +4,28 @@ CARGO ?= cargo
 export CARGO_TERM_PROGRESS_WHEN ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help test check lint crds image clean
+.PHONY: help demo test bench check lint crds image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: ## every test there is (root)
+demo: ## see it work: a real cluster, a stopped registry, a pod that runs all the same (root; KEEP=1 leaves it up)
+	@e2e/tools.sh all
+	@$(MAKE) --no-print-directory image
+	@echo "compiling the demo"
+	@$(CARGO) build -q -p tote-e2e --bins
+	@target/debug/demo
+
+test: ## every test there is, on real containerds and a real cluster (root)
 	@e2e/tools.sh all
 	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory image
 	@$(CARGO) test -p tote-e2e
+
+bench: ## measure times and memory on a cluster of its own (root)
+	@e2e/tools.sh all
+	@$(MAKE) --no-print-directory image
+	@$(CARGO) run -q -p tote-e2e --bin figures
 
 check: lint ## the tests that need neither root nor a cluster
 	@$(CARGO) test --workspace --exclude tote-e2e
@@ -30,5 +43,7 @@ image: ## the operator's image: target/image/tote.tar, an OCI archive
 	@e2e/tools.sh build
 	@$(CARGO) run -q -p tote-e2e --bin mkimage
 
-clean: ## remove target/ (the cache of built programs stays)
+clean: ## take down what demo and tests left, and remove target/ (the cache of built programs stays)
+	@if [ "$$(id -u)" = 0 ] && [ -x target/debug/cluster ]; then \
+		for name in demo test figures dev; do target/debug/cluster --name $$name down; done; fi
 	@$(CARGO) clean

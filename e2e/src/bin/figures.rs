@@ -1,0 +1,150 @@
+//! Measures what the operator costs and how fast it is, on a cluster of its own: see `--help`.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use futures::{StreamExt as _, TryStreamExt as _};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::{Api, ResourceExt as _};
+use serde_json::json;
+use tote_e2e::cluster::{Cluster, Options};
+use tote_e2e::images::{Layout, tiny};
+use tote_e2e::operator;
+use tote_e2e::registry::{self, Control as _, Registry};
+use tote_e2e::rescue::follow;
+use tote_e2e::tenant::{PodShape, Tenant};
+
+/// The cluster's name.
+const CLUSTER: &str = "figures";
+
+/// Salvages a 5 MB image several times and says how long each took; then the memory of controller and agents, and
+/// of the controller beside many pods. The cluster is removed at the end.
+#[derive(Parser)]
+struct Arguments {
+    /// How many salvages.
+    #[arg(long, default_value_t = 11)]
+    salvages: usize,
+    /// How many pods the API server holds for the last figure.
+    #[arg(long, default_value_t = 5000)]
+    pods: usize,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    Cluster::down(CLUSTER)?;
+    let outcome = measure(&arguments).await;
+    Cluster::down(CLUSTER)?;
+    outcome
+}
+
+async fn measure(arguments: &Arguments) -> Result<()> {
+    let cluster = Cluster::up(&Options::new(CLUSTER), &|line| println!("{line}"))?;
+    cluster.load_image(&operator::archive()?)?;
+    operator::install(&cluster, &[])?;
+    let tenant = Tenant::enter(cluster.client().await?, "figures", true).await?;
+    salvages(&cluster, &tenant, arguments.salvages).await?;
+    memory(&cluster, &tenant, "at rest").await?;
+    crowd(&tenant, arguments.pods).await?;
+    memory(&cluster, &tenant, &format!("with {} pods in the API server", arguments.pods)).await
+}
+
+/// From the first failure status to Running, as a client that watches sees it.
+async fn salvages(cluster: &Cluster, tenant: &Tenant, count: usize) -> Result<()> {
+    println!("\nsalvage   detected   Imported    Running   moved of image (bytes)");
+    let mut times = Vec::new();
+    for n in 0..count {
+        let listen = (cluster.registry_address(), 0).into();
+        let registry = Registry::start(&registry::Options { listen, name: None, storage: None })?;
+        cluster.trust_registry(registry.upstream().name())?;
+        let layout = Layout::temporary()?;
+        let image = tiny(&layout, &format!("figures {n} {}", std::process::id()))?;
+        let reference = registry.upstream().push(&image, "app", None).await?;
+        let source = format!("source-{n}");
+        tenant.start(&source, &PodShape { opted_in: false, ..PodShape::new("n1", &reference) }).await?;
+        tenant.running(&source, Duration::from_secs(60)).await?;
+        registry.stop()?;
+        let waiting = format!("waiting-{n}");
+        let begin = Instant::now();
+        tenant.start(&waiting, &PodShape::new("n2", &reference)).await?;
+        let rescue = follow(tenant, |pod| pod.name_any() == waiting, begin, |_| {});
+        let timeline =
+            tokio::time::timeout(Duration::from_secs(60), rescue).await.context("not salvaged in 60 s")??;
+        let job = tenant
+            .until_job("of this image", Duration::from_secs(10), |job| job.spec.image == reference)
+            .await?;
+        let transfer = job.status.and_then(|status| status.transfer).unwrap_or_default();
+        let failed = timeline.failed.context("the pod never failed")?;
+        let since = |at: Option<Duration>| at.unwrap_or_default().saturating_sub(failed).as_secs_f64();
+        println!(
+            "{n:7} {:8.2} s {:8.2} s {:8.2} s   {} of {}",
+            since(timeline.detected),
+            since(timeline.imported),
+            since(timeline.running),
+            transfer.transferred_bytes,
+            image.needed_bytes()?
+        );
+        times.push(since(timeline.running));
+        for pod in [source, waiting] {
+            tenant.pods().delete(&pod, &DeleteParams::default().grace_period(0)).await?;
+        }
+        tenant.jobs().delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
+    }
+    times.sort_by(f64::total_cmp);
+    println!(
+        "median from failure to Running: {:.2} s",
+        times.get(times.len() / 2).copied().unwrap_or_default()
+    );
+    Ok(())
+}
+
+/// Resident memory of every process of the operator.
+async fn memory(cluster: &Cluster, tenant: &Tenant, when: &str) -> Result<()> {
+    let pods: Api<Pod> = Api::namespaced(tenant.client(), operator::NAMESPACE);
+    println!("\nresident memory {when}");
+    for pod in pods.list(&ListParams::default()).await? {
+        let node =
+            cluster.node(pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or_default())?;
+        let statuses =
+            pod.status.as_ref().and_then(|status| status.container_statuses.as_deref()).unwrap_or_default();
+        let id = statuses.first().and_then(|container| container.container_id.as_deref()).unwrap_or_default();
+        let id = id.strip_prefix("containerd://").context("no container")?;
+        let tasks = node.ctr(&["tasks", "list"])?;
+        let row = tasks.lines().find(|line| line.starts_with(id)).context("no task")?;
+        let pid = row.split_whitespace().nth(1).context("no pid")?;
+        let status = std::fs::read_to_string(Path::new("/proc").join(pid).join("status"))?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        println!("  {:<24} {}", pod.name_any(), resident.trim());
+    }
+    Ok(())
+}
+
+/// Pods of a realistic size that no scheduler takes, so that they cost the API server and its watchers alone.
+async fn crowd(tenant: &Tenant, count: usize) -> Result<()> {
+    let begin = Instant::now();
+    let filler = "x".repeat(200);
+    let variables: Vec<_> =
+        (0..12).map(|n| json!({ "name": format!("VARIABLE_{n}"), "value": filler })).collect();
+    let pods = tenant.pods();
+    let make = |n: usize| {
+        let pods = pods.clone();
+        let object = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": { "name": format!("crowd-{n}"), "annotations": { tote_api::names::AUTO_SALVAGE: "true" } },
+            "spec": {
+                "schedulerName": "nobody", "automountServiceAccountToken": false,
+                "containers": [{ "name": "main", "image": format!("registry.test/crowd-{}:v1", n % 200), "env": variables }],
+            },
+        });
+        async move { anyhow::Ok(pods.create(&PostParams::default(), &serde_json::from_value(object)?).await?) }
+    };
+    futures::stream::iter((0..count).map(make))
+        .buffer_unordered(16)
+        .try_for_each(|_| async { Ok(()) })
+        .await?;
+    println!("\n{count} pods made in {:.0} s", begin.elapsed().as_secs_f64());
+    Ok(())
+}

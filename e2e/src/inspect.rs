@@ -1,0 +1,64 @@
+//! What a node's containerd holds, seen by `ctr`: for asserting that an image is whole, that it survives a
+//! garbage collection, and that nothing is left behind.
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::cluster::Node;
+
+/// Fails unless `ctr images check` says that the image is complete and unpacked.
+pub fn assert_whole(node: &Node, name: &str) -> Result<()> {
+    let table = node.ctr(&["images", "check", &format!("name=={name}")])?;
+    let row = table.lines().find(|line| line.split_whitespace().next() == Some(name));
+    let row = row.with_context(|| format!("{name} is not on {}:\n{table}", node.name()))?;
+    ensure!(row.contains(" complete (") || row.contains("\tcomplete ("), "on {}: {row}", node.name());
+    ensure!(row.trim_end().ends_with("true"), "not unpacked on {}: {row}", node.name());
+    Ok(())
+}
+
+/// Makes containerd collect its garbage, and returns when it has.
+pub fn collect_garbage(node: &Node) -> Result<()> {
+    let id = "tote-scenario-gc";
+    node.ctr(&["leases", "create", "--id", id])?;
+    node.ctr(&["leases", "delete", "--sync", id])?;
+    Ok(())
+}
+
+/// Leases of the operator and ingests of anybody that are on the node.
+pub fn unfinished(node: &Node) -> Result<Vec<String>> {
+    let leases = node.ctr(&["leases", "list", "-q"])?;
+    let mut found: Vec<String> =
+        leases.lines().filter(|id| id.starts_with("tote")).map(|id| format!("lease {id}")).collect();
+    let ingests = node.ctr(&["content", "active"])?;
+    found.extend(
+        ingests.lines().skip(1).filter(|line| line.contains("tote")).map(|line| format!("ingest {line}")),
+    );
+    Ok(found)
+}
+
+/// Names of the image records that have this target.
+pub fn records(node: &Node, digest: &str) -> Result<Vec<String>> {
+    let table = node.ctr(&["images", "list"])?;
+    let rows = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    Ok(rows.filter(|row| row.get(2) == Some(&digest)).map(|row| row[0].to_owned()).collect())
+}
+
+/// Which of these digests are in the content store.
+pub fn present(node: &Node, digests: &[String]) -> Result<Vec<String>> {
+    let all = node.ctr(&["content", "list", "-q"])?;
+    Ok(all.lines().filter(|line| digests.iter().any(|digest| digest == line)).map(str::to_owned).collect())
+}
+
+/// Removes every record of the digest, then asserts that a collection takes all of its blobs as well.
+pub fn remove_whole(node: &Node, digest: &str, blobs: &[String]) -> Result<()> {
+    let names = records(node, digest)?;
+    ensure!(!names.is_empty(), "no record of {digest} on {}", node.name());
+    let mut command = vec!["images", "remove", "--sync"];
+    command.extend(names.iter().map(String::as_str));
+    node.ctr(&command)?;
+    collect_garbage(node)?;
+    let left = present(node, blobs)?;
+    if !left.is_empty() {
+        bail!("on {} these blobs stay without a record: {}", node.name(), left.join(", "));
+    }
+    Ok(())
+}
