@@ -166,7 +166,10 @@ impl Run<'_> {
 
     /// Holds and labels a blob if it is there.
     pub(super) async fn is_present(&self, blob: &Descriptor, labels: &Labels) -> Result<bool, Failure> {
-        // Held before it is looked for: what is seen then cannot be collected any more.
+        if self.containerd().blob(&blob.digest).await?.is_none() {
+            return Ok(false);
+        }
+        // Looked for again once it is held: what is seen then cannot be collected any more.
         self.containerd().hold(&self.lease.id, Held::Blob(&blob.digest)).await?;
         let Some(found) = self.containerd().blob(&blob.digest).await? else { return Ok(false) };
         if found.size != blob.size {
@@ -183,7 +186,7 @@ impl Run<'_> {
     }
 
     /// The same for one that another has just committed.
-    async fn present(&self, blob: &Descriptor, labels: &Labels) -> Result<(), Failure> {
+    pub(super) async fn present(&self, blob: &Descriptor, labels: &Labels) -> Result<(), Failure> {
         if self.is_present(blob, labels).await? {
             return Ok(());
         }

@@ -11,7 +11,7 @@ use super::blob::Tried;
 use super::failure::Failure;
 use super::fetch::{self, FetchError, Kind};
 use super::run::Run;
-use crate::containerd::{Held, Ingest, Labels, Layer, gc_labels};
+use crate::containerd::{Error, Ingest, Labels, Layer, gc_labels};
 
 /// An image of which the documents are on the node.
 #[derive(Debug)]
@@ -119,34 +119,45 @@ impl Run<'_> {
             return Err(too_large(digest, size));
         }
         let _turn = self.context.flights.turn(digest).await;
-        self.containerd().hold(&self.lease.id, Held::Blob(digest)).await?;
-        let (bytes, here) = match self.containerd().blob(digest).await? {
-            Some(found) => (self.local(digest, found.size).await?, true),
-            None => (self.fetched(kind, digest, size).await?, false),
+        let bytes = match self.containerd().blob(digest).await? {
+            Some(found) => self.local(digest, found.size).await?,
+            None => self.fetched(kind, digest, size).await?,
         };
         let (parsed, labels, media_type) = parse(&bytes)?;
-        let length = bytes.len() as u64;
-        let blob = Descriptor { media_type: String::new(), digest: digest.clone(), size: length };
-        if !here && let Ingest::Open(mut writer) = self.containerd().ingest(&self.lease.id, &blob).await? {
-            if writer.offset() > 0 {
-                // A document is never resumed; this is what a run that was killed left.
-                drop(writer);
-                self.containerd().abort(digest).await?;
-                writer = match self.containerd().ingest(&self.lease.id, &blob).await? {
-                    Ingest::Open(writer) => writer,
-                    Ingest::Present => return Ok(Stored { parsed, media_type, size: length }),
-                };
+        let size = bytes.len() as u64;
+        let blob = Descriptor { media_type: String::new(), digest: digest.clone(), size };
+        if !self.is_present(&blob, &labels).await? {
+            self.store(&blob, bytes, labels).await?;
+        }
+        Ok(Stored { parsed, media_type, size })
+    }
+
+    /// Commits a document.
+    async fn store(&self, blob: &Descriptor, bytes: Bytes, labels: Labels) -> Result<(), Failure> {
+        for _ in 0..2 {
+            let Ingest::Open(mut writer) = self.containerd().ingest(&self.lease.id, blob).await? else {
+                break;
+            };
+            if writer.offset() == 0 {
+                writer.write(bytes.clone()).await?;
             }
-            writer.write(bytes).await?;
-            writer.commit(labels.clone()).await.or_else(|error| match error {
-                crate::containerd::Error::AlreadyExists(_) => Ok(()),
-                other => Err(other),
-            })?;
+            let committed = if writer.offset() == blob.size {
+                writer.commit(labels.clone()).await
+            } else {
+                Err(Error::Mismatch("what a run that was killed left".to_owned()))
+            };
+            match committed {
+                Ok(()) => {
+                    self.tracker.complete(&blob.digest, blob.size);
+                    return Ok(());
+                }
+                // Kubelet's pull was quicker.
+                Err(Error::AlreadyExists(_)) => break,
+                Err(Error::Mismatch(_)) => self.containerd().abort(&blob.digest).await?,
+                Err(error) => return Err(error.into()),
+            }
         }
-        if self.is_present(&blob, &labels).await? {
-            return Ok(Stored { parsed, media_type, size: length });
-        }
-        Err(Failure::Runtime(format!("containerd lost blob {digest} that was just committed")))
+        self.present(blob, &labels).await
     }
 
     async fn local(&self, digest: &Digest, size: u64) -> Result<Bytes, Failure> {

@@ -1,0 +1,196 @@
+//! What is killed in the middle of a capped transfer, between a tenth and nine tenths of it: the retry ends in
+//! success, and no lease or ingest is left.
+
+use tote_e2e::containerd::Snapshotter::Overlayfs;
+use tote_e2e::images::Image;
+use tote_e2e::tools::Containerd;
+use tote_rpc::v1::{Cause, import_event::Event};
+
+use crate::node::{Node, Source, block_on, ended, until_moved};
+use crate::same;
+
+/// 60 MB at 20 MiB/s: some 3 s.
+const IMAGE: &str = "random-60";
+const CAP: Option<&str> = Some("20Mi");
+const ID: &str = "transfer-1";
+
+struct Transfer {
+    source: Source,
+    holder: Node,
+    image: Image,
+    reference: String,
+}
+
+impl Transfer {
+    fn prepare(seed: &str) -> Self {
+        let source = Source::start();
+        let (image, reference) = source.push(IMAGE, seed);
+        let holder = Node::start(Containerd::V2, Overlayfs, None);
+        source.pull(&holder, &reference);
+        Self { source, holder, image, reference }
+    }
+
+    /// Starts it, does something when some of it has moved, attaches again, and tells how many bytes the
+    /// second run took.
+    fn interrupted(&self, target: &mut Node, fault: impl FnOnce(&mut Node)) -> u64 {
+        block_on(async {
+            let sources = vec![self.holder.source()];
+            let mut events = target.attach(ID, &self.reference, self.image.digest(), sources).await.unwrap();
+            until_moved(&mut events, 0.3).await;
+        });
+        fault(target);
+        let done = block_on(async {
+            let sources = vec![self.holder.source()];
+            let mut events = target.attach(ID, &self.reference, self.image.digest(), sources).await.unwrap();
+            ended(&mut events).await
+        });
+        let done = done.unwrap();
+        target.check_whole(&self.reference, "after the fault");
+        same(&self.holder.tree(&self.image), &target.tree(&self.image), "after the fault");
+        u64::try_from(done.transferred_bytes).unwrap()
+    }
+}
+
+#[test]
+fn the_agent_killed() {
+    let transfer = Transfer::prepare("agent");
+    let size = transfer.image.needed_bytes().unwrap();
+    for version in Containerd::ALL {
+        let mut target = Node::start(version, Overlayfs, CAP);
+        let moved = transfer.interrupted(&mut target, |target| {
+            target.kill_agent();
+            target.start_agent();
+        });
+        assert!(moved < size * 8 / 10, "{version}: what was there is not moved again, {moved} of {size}");
+    }
+}
+
+#[test]
+fn containerd_killed_and_restarted() {
+    let transfer = Transfer::prepare("containerd");
+    let size = transfer.image.needed_bytes().unwrap();
+    for version in Containerd::ALL {
+        let mut target = Node::start(version, Overlayfs, CAP);
+        let moved = transfer.interrupted(&mut target, |target| {
+            target.daemon.kill().unwrap();
+            target.daemon.restart().unwrap();
+        });
+        // What was on its way when containerd died may be moved again.
+        assert!(moved < size * 12 / 10, "{version}: {moved} of {size}");
+        let mut target = Node::start(version, Overlayfs, CAP);
+        transfer.interrupted(&mut target, |target| target.daemon.restart().unwrap());
+    }
+}
+
+#[test]
+fn the_source_killed() {
+    let transfer = Transfer::prepare("source");
+    let size = transfer.image.needed_bytes().unwrap();
+    let mut dying = Node::start(Containerd::V1_7, Overlayfs, None);
+    transfer.source.pull(&dying, &transfer.reference);
+    let target = Node::start(Containerd::V2, Overlayfs, CAP);
+    let mut events = block_on(async {
+        let sources = vec![dying.source(), transfer.holder.source()];
+        let attached = target.attach(ID, &transfer.reference, transfer.image.digest(), sources);
+        let mut events = attached.await.unwrap();
+        until_moved(&mut events, 0.3).await;
+        events
+    });
+    dying.kill_agent();
+    let done = block_on(ended(&mut events)).unwrap();
+    assert_eq!(done.source_nodes.len(), 2);
+    // A piece of each blob on its way is lost at most.
+    let moved = u64::try_from(done.transferred_bytes).unwrap();
+    assert!(moved < size * 11 / 10, "{moved} of {size}");
+    target.check_whole(&transfer.reference, "after the source's death");
+}
+
+#[test]
+fn cancelled_it_leaves_nothing() {
+    let transfer = Transfer::prepare("cancelled");
+    for version in Containerd::ALL {
+        let mut target = Node::start(version, Overlayfs, CAP);
+        for killed in [false, true] {
+            let mut events = block_on(async {
+                let sources = vec![transfer.holder.source()];
+                let attached = target.attach(ID, &transfer.reference, transfer.image.digest(), sources);
+                let mut events = attached.await.unwrap();
+                until_moved(&mut events, 0.3).await;
+                events
+            });
+            if killed {
+                // An agent that knows nothing of the transfer removes it as well.
+                target.kill_agent();
+                target.start_agent();
+            }
+            assert!(target.cancel(ID), "{version}");
+            target.check_nothing();
+            assert!(!target.cancel(ID), "{version}");
+            if !killed {
+                let failed = block_on(ended(&mut events)).unwrap_err();
+                assert_eq!(failed.cause(), Cause::Cancelled, "{version}");
+            }
+        }
+    }
+}
+
+/// Kubelet's own pull of the same image at the same time: both end well, whoever is first.
+#[test]
+fn a_pull_at_the_same_time_does_no_damage() {
+    let transfer = Transfer::prepare("pull");
+    for version in Containerd::ALL {
+        for share in [0.1, 0.5] {
+            let target = Node::start(version, Overlayfs, CAP);
+            let done = block_on(async {
+                let sources = vec![transfer.holder.source()];
+                let attached = target.attach(ID, &transfer.reference, transfer.image.digest(), sources);
+                let mut events = attached.await.unwrap();
+                until_moved(&mut events, share).await;
+                tokio::task::block_in_place(|| transfer.source.pull(&target, &transfer.reference));
+                ended(&mut events).await
+            });
+            assert!(done.is_ok(), "{version} at {share}: {done:?}");
+            target.check_whole(&transfer.reference, version.version());
+        }
+    }
+}
+
+/// Two transfers of one image under two names move each blob once.
+#[test]
+fn two_names_at_once_move_one_image() {
+    let transfer = Transfer::prepare("twice");
+    let size = transfer.image.needed_bytes().unwrap();
+    let target = Node::start(Containerd::V2, Overlayfs, None);
+    let second = "registry.test/second/name:1";
+    let (one, two) = block_on(async {
+        let sources = || vec![transfer.holder.source()];
+        let digest = transfer.image.digest();
+        let mut one = target.attach("one", &transfer.reference, digest, sources()).await.unwrap();
+        let mut two = target.attach("two", second, digest, sources()).await.unwrap();
+        tokio::join!(ended(&mut one), ended(&mut two))
+    });
+    let moved = one.unwrap().transferred_bytes + two.unwrap().transferred_bytes;
+    let total = u64::try_from(moved).unwrap();
+    assert!(total >= size && total < size + 100_000, "{total} bytes of {size}");
+    target.check_whole(second, "the second name");
+}
+
+#[test]
+fn bad_requests_are_refused_by_field() {
+    let node = Node::start(Containerd::V2, Overlayfs, None);
+    block_on(async {
+        let digest = format!("sha256:{}", "0".repeat(64));
+        for (id, reference, digest, says) in [
+            ("a/b", "docker.io/library/x:1", digest.as_str(), "transfer_id"),
+            ("t", "x", digest.as_str(), "reference"),
+            ("t", "docker.io/library/x:1", "sha256:0", "digest"),
+        ] {
+            let status = node.attach(id, reference, digest, vec![]).await.unwrap_err();
+            assert_eq!(status.code(), tonic::Code::InvalidArgument);
+            assert!(status.message().starts_with(says), "{status}");
+        }
+        let mut events = node.attach("t", "docker.io/library/x:1", &digest, vec![]).await.unwrap();
+        let first = events.message().await.unwrap().unwrap().event.unwrap();
+        assert!(matches!(first, Event::Progress(_) | Event::Failed(_)), "{first:?}");
+    });
+}

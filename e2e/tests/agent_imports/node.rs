@@ -1,0 +1,367 @@
+//! A node for these tests: a private containerd and an agent on it, which can be killed.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+use tote_agent::agent::{Settings, run};
+use tote_agent::containerd::Client;
+use tote_agent::import::{Lifetimes, Patience};
+use tote_e2e::containerd::Snapshotter;
+use tote_e2e::daemon::{Daemon, Options};
+use tote_e2e::images::{Image, Layout, preset};
+use tote_e2e::registry::{self, Control, Registry, hosts_toml};
+use tote_e2e::tools::Containerd;
+use tote_image::Digest;
+use tote_rpc::v1::{self, import_event::Event, session_response::Message};
+
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
+
+/// How long anything may take here.
+pub const WAIT: Duration = Duration::from_secs(120);
+
+/// Runs a client's calls, for [`WAIT`] at most.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    RUNTIME.block_on(async { tokio::time::timeout(WAIT, future).await.expect("in time") })
+}
+
+/// The registry that images come from in the first place.
+pub struct Source(Registry);
+
+impl Source {
+    pub fn start() -> Self {
+        let options = registry::Options { listen: "127.0.0.1:0".parse().unwrap(), name: None, storage: None };
+        Self(Registry::start(&options).unwrap())
+    }
+
+    /// An image and its reference by digest.
+    pub fn push(&self, name: &str, seed: &str) -> (Image, String) {
+        let image = preset(name, &Layout::temporary().unwrap(), seed).unwrap();
+        let reference = self.push_image(&image, name);
+        (image, reference)
+    }
+
+    pub fn push_image(&self, image: &Image, repository: &str) -> String {
+        block_on(self.0.upstream().push(image, repository, None)).unwrap()
+    }
+
+    /// Lets a node's containerd pull from the registry.
+    pub fn trust(&self, node: &Node) {
+        let host = node.daemon.certs_d().join(self.0.upstream().name());
+        std::fs::create_dir_all(&host).unwrap();
+        std::fs::write(host.join("hosts.toml"), hosts_toml(self.0.address())).unwrap();
+    }
+
+    /// Pulls as CRI would: the platform of the node alone.
+    pub fn pull(&self, node: &Node, reference: &str) {
+        self.trust(node);
+        let (certs, snapshotter) = (node.daemon.certs_d(), node.daemon.snapshotter().to_string());
+        let pull = [
+            "images",
+            "pull",
+            "--hosts-dir",
+            certs.to_str().unwrap(),
+            "--snapshotter",
+            &snapshotter,
+            reference,
+        ];
+        node.daemon.ctr(&pull).unwrap();
+    }
+}
+
+/// A containerd and its agent.
+pub struct Node {
+    pub daemon: Daemon,
+    name: String,
+    bandwidth: Option<&'static str>,
+    agent: Option<(Runtime, SocketAddr)>,
+}
+
+impl Node {
+    pub fn start(version: Containerd, snapshotter: Snapshotter, bandwidth: Option<&'static str>) -> Self {
+        let daemon = Daemon::start(Options::new(version).snapshotter(snapshotter)).unwrap();
+        let name = format!("node-{}", daemon.dir().file_name().unwrap().to_str().unwrap());
+        let mut node = Self { daemon, name, bandwidth, agent: None };
+        node.start_agent();
+        node
+    }
+
+    pub fn start_agent(&mut self) {
+        let runtime = Runtime::new().unwrap();
+        let listener = block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap();
+        let listener = listener.into_std().unwrap();
+        let settings = Settings {
+            node_name: self.name.clone(),
+            max_bandwidth: self.bandwidth.map(|rate| rate.parse().unwrap()),
+            patience: Patience::default(),
+            lifetimes: Lifetimes::default(),
+        };
+        let socket = self.daemon.socket();
+        runtime.spawn(async move {
+            let containerd = Arc::new(Client::new(&socket));
+            let listener = TcpListener::from_std(listener).unwrap();
+            run(containerd, settings, listener, None, CancellationToken::new()).await;
+        });
+        self.agent = Some((runtime, address));
+    }
+
+    /// As SIGKILL would: no task runs on, nothing is cleaned up.
+    pub fn kill_agent(&mut self) {
+        let (runtime, _) = self.agent.take().unwrap();
+        runtime.shutdown_background();
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.agent.as_ref().unwrap().1
+    }
+
+    pub fn source(&self) -> v1::Source {
+        v1::Source { node_name: self.name.clone(), address: self.address().to_string() }
+    }
+
+    /// Starts an import or attaches to it.
+    pub async fn attach(
+        &self,
+        id: &str,
+        reference: &str,
+        digest: &str,
+        sources: Vec<v1::Source>,
+    ) -> Result<Streaming<v1::ImportEvent>, tonic::Status> {
+        let mut agent = tote_rpc::connect(self.address()).await.unwrap();
+        let request = v1::ImportRequest {
+            term: Some(term()),
+            transfer_id: id.to_owned(),
+            reference: reference.to_owned(),
+            digest: digest.to_owned(),
+            sources,
+        };
+        agent.import(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// Imports and waits for the end.
+    pub fn import(
+        &self,
+        id: &str,
+        reference: &str,
+        digest: &str,
+        holders: &[&Node],
+    ) -> Result<v1::Done, v1::Failed> {
+        let id = format!("{id}-{}", &digest[digest.len() - 8..]);
+        let sources = holders.iter().map(|holder| holder.source()).collect();
+        block_on(async { ended(&mut self.attach(&id, reference, digest, sources).await.unwrap()).await })
+    }
+
+    pub fn cancel(&self, id: &str) -> bool {
+        block_on(async {
+            let mut agent = tote_rpc::connect(self.address()).await.unwrap();
+            let request = v1::CancelRequest { term: Some(term()), transfer_id: id.to_owned() };
+            agent.cancel(request).await.unwrap().into_inner().found
+        })
+    }
+
+    pub async fn session(&self) -> Session {
+        let mut agent = tote_rpc::connect(self.address()).await.unwrap();
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        let hello = v1::Hello { term: Some(term()), node_name: self.name.clone() };
+        let hello = v1::SessionRequest { message: Some(v1::session_request::Message::Hello(hello)) };
+        sender.send(hello).await.unwrap();
+        let requests = futures::stream::unfold(receiver, |mut receiver| async {
+            receiver.recv().await.map(|request| (request, receiver))
+        });
+        let responses = agent.session(requests).await.unwrap().into_inner();
+        Session { responses, _requests: sender }
+    }
+
+    /// Complete and unpacked, by `ctr`, before and after a collection; no lease, no ingest.
+    pub fn check_whole(&self, reference: &str, what: &str) {
+        for _ in 0..2 {
+            let snapshotter = self.daemon.snapshotter().to_string();
+            let filter = format!("name=={reference}");
+            let said = self.daemon.ctr(&["images", "check", "--snapshotter", &snapshotter, &filter]).unwrap();
+            let line =
+                said.lines().find(|line| line.starts_with(reference)).unwrap_or_else(|| panic!("{said}"));
+            let complete = line.contains("complete") && !line.contains("incomplete");
+            assert!(complete && line.trim_end().ends_with("true"), "{what}: {line}");
+            self.check_tidy();
+            self.collect();
+        }
+    }
+
+    /// With its records gone, nothing of the image is left.
+    pub fn check_kept(&self, image: &Image, reference: &str, what: &str) {
+        let names = self.daemon.ctr(&["images", "ls", "-q"]).unwrap();
+        let host = image.host().unwrap();
+        let ours = |name: &&str| *name == reference || *name == host.config.digest;
+        let names: Vec<&str> = names.lines().filter(ours).collect();
+        assert_eq!(names.len(), 2, "{what}: {names:?}");
+        self.daemon.ctr(&[&["images", "rm", "--sync"], &names[..]].concat()).unwrap();
+        self.collect();
+        self.check_nothing();
+    }
+
+    /// Removes all images.
+    pub fn remove_all(&self) {
+        let names = self.daemon.ctr(&["images", "ls", "-q"]).unwrap();
+        let names: Vec<&str> = names.lines().collect();
+        self.daemon.ctr(&[&["images", "rm", "--sync"], &names[..]].concat()).unwrap();
+        self.collect();
+    }
+
+    /// No lease and no ingest.
+    pub fn check_tidy(&self) {
+        assert_eq!(self.daemon.ctr(&["leases", "ls", "-q"]).unwrap().trim(), "", "leases");
+        let active = self.daemon.ctr(&["content", "active"]).unwrap();
+        assert_eq!(active.lines().count(), 1, "ingests beside the heading: {active}");
+    }
+
+    /// As if there had never been an image.
+    pub fn check_nothing(&self) {
+        self.check_tidy();
+        let snapshotter = self.daemon.snapshotter().to_string();
+        assert_eq!(self.daemon.ctr(&["images", "ls", "-q"]).unwrap(), "");
+        assert_eq!(self.daemon.ctr(&["content", "ls", "-q"]).unwrap(), "");
+        let snapshots = self.daemon.ctr(&["snapshots", "--snapshotter", &snapshotter, "ls"]).unwrap();
+        assert_eq!(snapshots.lines().count(), 1, "snapshots beside the heading: {snapshots}");
+    }
+
+    /// Forces a garbage collection.
+    pub fn collect(&self) {
+        self.daemon.ctr(&["leases", "create", "--id", "collect"]).unwrap();
+        self.daemon.ctr(&["leases", "delete", "--sync", "collect"]).unwrap();
+    }
+
+    /// An image's root file system, entry by entry: kind, mode, owner, links, attributes, digest of contents.
+    pub fn tree(&self, image: &Image) -> BTreeMap<String, String> {
+        let ids: Vec<Digest> = image.host().unwrap().diff_ids.iter().map(|id| id.parse().unwrap()).collect();
+        let top = tote_image::chain_ids(&ids).pop().unwrap().to_string();
+        let at = tempfile::tempdir().unwrap();
+        let path = at.path().to_str().unwrap();
+        let snapshotter = self.daemon.snapshotter().to_string();
+        let snapshots = |args: &[&str]| {
+            self.daemon.ctr(&[&["snapshots", "--snapshotter", &snapshotter], args].concat()).unwrap()
+        };
+        snapshots(&["view", "tree", &top]);
+        // It prints the command. containerd itself would mount in a mount namespace of its own.
+        let mount = snapshots(&["mounts", path, "tree"]);
+        let sh = |script: &str| {
+            let output = Command::new("sh").args(["-c", script]).output().unwrap();
+            assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+        };
+        sh(&mount);
+        let tree = listed(at.path());
+        sh(&format!("umount {path}"));
+        snapshots(&["rm", "tree"]);
+        assert!(tree.len() > 10, "a root file system: {tree:?}, by {mount}");
+        tree
+    }
+}
+
+fn listed(root: &Path) -> BTreeMap<String, String> {
+    let sh = |script: &str| {
+        let output =
+            Command::new("bash").args(["-e", "-o", "pipefail", "-c", script]).current_dir(root).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let mut tree = BTreeMap::new();
+    // For people: what differs. %y is the kind, %l where a symbolic link leads.
+    for line in sh("find . -mindepth 1 -printf '%p\\t%y %#m %U:%G %l\\n'").lines() {
+        let (path, rest) = line.split_once('\t').unwrap();
+        tree.insert(path.to_owned(), rest.to_owned());
+    }
+    for line in sh("find . -type f -print0 | xargs -0 sha256sum --").lines() {
+        let (digest, path) = line.split_once("  ").unwrap();
+        tree.entry(path.to_owned()).or_default().push_str(digest);
+    }
+    // Hard links, device numbers and extended attributes are told by tar.
+    let tar = "find . -mindepth 1 -maxdepth 1 -print0 | sort -z | tar --create --null --files-from=- --sort=name \
+               --numeric-owner --mtime=@0 --pax-option=delete=atime,delete=ctime --xattrs --xattrs-include='*' \
+               | sha256sum";
+    tree.insert("(as tar)".to_owned(), sh(tar));
+    tree
+}
+
+fn term() -> v1::Term {
+    v1::Term { lease_uid: "a-lease".to_owned(), lease_transitions: 1 }
+}
+
+/// Follows an import to its end.
+pub async fn ended(events: &mut Streaming<v1::ImportEvent>) -> Result<v1::Done, v1::Failed> {
+    loop {
+        match events.message().await.unwrap().and_then(|event| event.event) {
+            Some(Event::Progress(_)) => {}
+            Some(Event::Done(done)) => return Ok(done),
+            Some(Event::Failed(failed)) => return Err(failed),
+            None => panic!("the stream ended without an end"),
+        }
+    }
+}
+
+/// Follows an import until so many bytes have come.
+pub async fn until_moved(events: &mut Streaming<v1::ImportEvent>, share: f64) -> v1::Progress {
+    loop {
+        match events.message().await.unwrap().and_then(|event| event.event) {
+            #[allow(clippy::cast_precision_loss)]
+            Some(Event::Progress(progress)) => {
+                if progress.transferred_bytes as f64 > share * progress.total_bytes as f64
+                    && progress.total_bytes > 0
+                {
+                    assert!(
+                        progress.transferred_bytes * 10 < progress.total_bytes * 9,
+                        "too late: {progress:?}"
+                    );
+                    return progress;
+                }
+            }
+            other => panic!("ended too soon: {other:?}"),
+        }
+    }
+}
+
+/// A controller's session.
+pub struct Session {
+    responses: Streaming<v1::SessionResponse>,
+    _requests: tokio::sync::mpsc::Sender<v1::SessionRequest>,
+}
+
+impl Session {
+    async fn next(&mut self) -> Message {
+        self.responses.message().await.unwrap().and_then(|response| response.message).unwrap()
+    }
+
+    pub async fn inventory(&mut self) -> (v1::Welcome, Vec<v1::Image>) {
+        let Message::Welcome(welcome) = self.next().await else { panic!("welcome comes first") };
+        let mut images = Vec::new();
+        loop {
+            let Message::Snapshot(snapshot) = self.next().await else { panic!("then the snapshot") };
+            images.extend(snapshot.images);
+            if snapshot.last {
+                return (welcome, images);
+            }
+        }
+    }
+
+    /// Waits until the node has a complete image of this target.
+    pub async fn until_has(&mut self, digest: &str) {
+        loop {
+            let Message::Delta(delta) = self.next().await else { panic!("then deltas") };
+            let is = |image: &v1::Image| {
+                image.target.as_ref().is_some_and(|target| target.digest == digest)
+                    && image.manifests.iter().any(|manifest| manifest.complete)
+            };
+            if delta.upserted.iter().any(is) {
+                return;
+            }
+        }
+    }
+}
