@@ -1,7 +1,7 @@
 //! Images from agent to agent, on real containerds of every version: whole, kept, nothing left behind,
 //! whatever is killed on the way. Needs root and what `e2e/tools.sh containerd registry` fetches.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod faults;
 mod node;

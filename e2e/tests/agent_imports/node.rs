@@ -64,15 +64,12 @@ impl Source {
     pub fn pull(&self, node: &Node, reference: &str) {
         self.trust(node);
         let (certs, snapshotter) = (node.daemon.certs_d(), node.daemon.snapshotter().to_string());
-        let pull = [
-            "images",
-            "pull",
-            "--hosts-dir",
-            certs.to_str().unwrap(),
-            "--snapshotter",
-            &snapshotter,
-            reference,
-        ];
+        let mut pull = vec!["images", "pull", "--hosts-dir", certs.to_str().unwrap()];
+        if node.daemon.version() == Containerd::V2 {
+            // Its transfer service unpacks with the default snapshotter alone.
+            pull.push("--local");
+        }
+        pull.extend(["--snapshotter", &snapshotter, reference]);
         node.daemon.ctr(&pull).unwrap();
     }
 }
