@@ -467,6 +467,40 @@ fn a_job_by_hand_obeys_the_namespace() {
 }
 
 #[test]
+fn a_pin_settles_what_a_tag_means_and_a_source_is_the_only_one() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true), image(3, &["r.test/y:1"], true)]);
+    bench.up("c", vec![image(2, &["r.test/x:1"], true), image(3, &["r.test/y:1"], true)]);
+    bench.job("j", json!({"image": "r.test/x:1", "digest": digest(2).as_str(), "nodeName": "b"}), false);
+    bench.job("k", json!({"image": "r.test/y:1", "sourceNodeName": "c", "nodeName": "b"}), false);
+    let started = imports(&bench.decide());
+    let from_c = |image: &str| ("b".to_owned(), image.to_owned(), vec!["c".to_owned()]);
+    assert_eq!(started, [from_c("r.test/x:1"), from_c("r.test/y:1")]);
+}
+
+#[test]
+fn thousands_of_waiting_pods_are_decided_over_in_time() {
+    const PODS: usize = 3000;
+    let mut bench = Bench::new();
+    let images = (0..PODS).map(|n| {
+        let mut image = image(1, &[&format!("r.test/x:{n}")], true);
+        image.target = Digest::sha256(format!("{n}").as_bytes());
+        image
+    });
+    bench.up("a", images.collect());
+    for n in 0..PODS {
+        bench.waits(&format!("p{n}"), "b", &format!("r.test/x:{n}"));
+    }
+    assert_eq!(created(&bench.decide()).len(), PODS);
+    let began = std::time::Instant::now();
+    bench.state.decide(bench.now);
+    let took = began.elapsed();
+    // Some 0.1 s without optimization; looking at every job for every pod takes a minute.
+    assert!(took < std::time::Duration::from_secs(3), "{took:?}");
+    println!("{PODS} pods and jobs: {took:?}");
+}
+
+#[test]
 fn priority_goes_first() {
     let mut bench = Bench::new();
     let images = (1..=3).map(|n| image(n, &[&format!("r.test/x:{n}")], true)).collect();
