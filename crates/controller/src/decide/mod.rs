@@ -140,10 +140,19 @@ impl State {
 
     fn apply_pod(&mut self, uid: Arc<str>, waiting: Option<WaitingPod>) -> bool {
         let Some(pod) = waiting else { return self.pods.remove(&uid).is_some() };
-        match self.pods.get_mut(&uid) {
-            Some(entry) => std::mem::replace(&mut entry.pod, pod) != entry.pod,
-            None => self.pods.insert(uid, PodEntry::new(pod)).is_none(),
+        let Some(entry) = self.pods.get_mut(&uid) else {
+            return self.pods.insert(uid, PodEntry::new(pod)).is_none();
+        };
+        let before = std::mem::replace(&mut entry.pod, pod);
+        if before == entry.pod {
+            return false;
         }
+        let failed = pods::pulls_that_failed(&before, &entry.pod);
+        let node = entry.pod.node.clone();
+        if !failed.is_empty() {
+            self.pods.values_mut().filter(|entry| entry.pod.node == node).for_each(|e| e.hasten(&failed));
+        }
+        true
     }
 
     /// A watch began anew and has told all there is: the rest is gone.

@@ -60,6 +60,17 @@ impl PodEntry {
         Self { pod, told: HashSet::new(), counted: HashSet::new(), wakes: HashMap::new(), seed }
     }
 
+    /// Wakes at the next decision, if it waits for one of these images.
+    pub(super) fn hasten(&mut self, images: &[Reference]) {
+        for wait in &self.pod.waits {
+            if wait.reference.as_ref().is_ok_and(|reference| images.contains(reference))
+                && let Some(wake) = self.wakes.get_mut(&wait.image)
+            {
+                wake.next = Timestamp::UNIX_EPOCH;
+            }
+        }
+    }
+
     fn about(&self, field_path: &str) -> About {
         About {
             kind: "Pod",
@@ -94,6 +105,16 @@ impl PodEntry {
             actions.push(Action::Count(Count::NotActionable));
         }
     }
+}
+
+/// Images of which another pull has just failed. While a pull of a name is under way or queued, kubelet lets no
+/// pod take the image from the node: the moment at which one has failed may be the one at which none is.
+pub(super) fn pulls_that_failed(before: &WaitingPod, after: &WaitingPod) -> Vec<Reference> {
+    let was = |path: &str| before.waits.iter().find(|wait| wait.field_path == path);
+    let failed_anew = |wait: &&Wait| {
+        wait.reason == "ErrImagePull" && was(&wait.field_path).is_some_and(|was| was.reason != wait.reason)
+    };
+    after.waits.iter().filter(failed_anew).filter_map(|wait| wait.reference.clone().ok()).collect()
 }
 
 impl State {

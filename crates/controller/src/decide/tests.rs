@@ -300,6 +300,24 @@ fn a_pod_that_kubelet_keeps_waiting_is_told_why_and_causes_no_other_job() {
 }
 
 #[test]
+fn a_pull_that_fails_again_wakes_all_that_wait_for_its_image_there() {
+    let mut bench = Bench::new();
+    for node in ["b", "c"] {
+        bench.up(node, vec![image(1, &["r.test/x:1"], true)]);
+    }
+    let back_off = |pod: &mut WaitingPod| pod.waits[0].reason = "ImagePullBackOff".into();
+    for (pod, node) in [("p1", "b"), ("p2", "b"), ("p3", "c")] {
+        bench.waits_in("shop", pod, node, "r.test/x:1", back_off);
+    }
+    assert_eq!(woken(&bench.decide()).len(), 3);
+    bench.waits("p1", "b", "r.test/x:1");
+    let now: Vec<_> = woken(&bench.decide()).into_iter().map(|(pod, _)| pod).collect();
+    assert_eq!(now, ["p1", "p2"], "at once, and not on another node");
+    bench.waits_in("shop", "p1", "b", "r.test/x:1", back_off);
+    assert_eq!(woken(&bench.decide()).len(), 0);
+}
+
+#[test]
 fn who_is_not_opted_in_is_left_alone() {
     for (namespace, opted_in) in [("work", true), ("kube-system", true), ("shop", false), ("gone", true)] {
         let mut bench = Bench::new();
