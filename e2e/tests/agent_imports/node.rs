@@ -247,6 +247,8 @@ impl Node {
             self.daemon.ctr(&[&["snapshots", "--snapshotter", &snapshotter], args].concat()).unwrap()
         };
         snapshots(&["view", "tree", &top]);
+        // No lease holds it: without the label the next collection would take it.
+        snapshots(&["label", "tree", "containerd.io/gc.root=here"]);
         // It prints the command. containerd itself would mount in a mount namespace of its own.
         let mount = snapshots(&["mounts", path, "tree"]);
         let sh = |script: &str| {
@@ -280,11 +282,14 @@ fn listed(root: &Path) -> BTreeMap<String, String> {
         let (digest, path) = line.split_once("  ").unwrap();
         tree.entry(path.to_owned()).or_default().push_str(digest);
     }
-    // Hard links, device numbers and extended attributes are told by tar.
+    // Hard links, device numbers and extended attributes are told by tar, in words and in full.
     let tar = "find . -mindepth 1 -maxdepth 1 -print0 | sort -z | tar --create --null --files-from=- --sort=name \
-               --numeric-owner --mtime=@0 --pax-option=delete=atime,delete=ctime --xattrs --xattrs-include='*' \
-               | sha256sum";
-    tree.insert("(as tar)".to_owned(), sh(tar));
+               --numeric-owner --mtime=@0 --pax-option=exthdr.name=%d/%f,delete=atime,delete=ctime --xattrs --xattrs-include='*'";
+    tree.insert(
+        "(listed by tar)".to_owned(),
+        sh(&format!("{tar} | tar --list --xattrs --xattrs-include='*' -vv")),
+    );
+    tree.insert("(as tar)".to_owned(), sh(&format!("{tar} | sha256sum")));
     tree
 }
 
