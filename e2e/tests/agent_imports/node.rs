@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, LazyLock};
@@ -246,9 +247,14 @@ impl Node {
         let snapshots = |args: &[&str]| {
             self.daemon.ctr(&[&["snapshots", "--snapshotter", &snapshotter], args].concat()).unwrap()
         };
-        snapshots(&["view", "tree", &top]);
-        // No lease holds it: without the label the next collection would take it.
-        snapshots(&["label", "tree", "containerd.io/gc.root=here"]);
+        // No lease holds the view: until it has the label a collection may take it.
+        let labelled = (0..10).any(|_| {
+            snapshots(&["view", "tree", &top]);
+            let label =
+                ["snapshots", "--snapshotter", &snapshotter, "label", "tree", "containerd.io/gc.root=here"];
+            self.daemon.ctr(&label).is_ok()
+        });
+        assert!(labelled, "every view of {top} was collected");
         // It prints the command. containerd itself would mount in a mount namespace of its own.
         let mount = snapshots(&["mounts", path, "tree"]);
         let sh = |script: &str| {
@@ -265,32 +271,49 @@ impl Node {
 }
 
 fn listed(root: &Path) -> BTreeMap<String, String> {
-    let sh = |script: &str| {
-        let output =
-            Command::new("bash").args(["-e", "-o", "pipefail", "-c", script]).current_dir(root).output();
-        let output = output.unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    };
     let mut tree = BTreeMap::new();
-    // For people: what differs. %y is the kind, %l where a symbolic link leads.
-    for line in sh("find . -mindepth 1 -printf '%p\\t%y %#m %U:%G %l\\n'").lines() {
-        let (path, rest) = line.split_once('\t').unwrap();
-        tree.insert(path.to_owned(), rest.to_owned());
+    // By inode: the first path, in order, of each file with several names.
+    let mut linked = BTreeMap::new();
+    let mut left = vec![root.to_owned()];
+    while let Some(directory) = left.pop() {
+        let mut paths: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|e| e.unwrap().path()).collect();
+        paths.sort();
+        for path in paths {
+            let name = path.strip_prefix(root).unwrap().display().to_string();
+            let found = path.symlink_metadata().unwrap();
+            let owner = format!("{}:{}", found.uid(), found.gid());
+            let mut told = format!("{:o} {owner} device {:x}", found.mode(), found.rdev());
+            if found.is_symlink() {
+                let to = path.read_link().unwrap();
+                told += &format!(" -> {}", to.display());
+            } else if found.is_file() {
+                told += &format!(" {}", Digest::sha256(&std::fs::read(&path).unwrap()));
+                if found.nlink() > 1 {
+                    let first = linked.entry(found.ino()).or_insert_with(|| name.clone());
+                    told += &format!(" is {first}");
+                }
+            } else if found.is_dir() {
+                left.push(path.clone());
+            }
+            told += &attributes(&path);
+            tree.insert(name, told);
+        }
     }
-    for line in sh("find . -type f -print0 | xargs -0 sha256sum --").lines() {
-        let (digest, path) = line.split_once("  ").unwrap();
-        tree.entry(path.to_owned()).or_default().push_str(digest);
-    }
-    // Hard links, device numbers and extended attributes are told by tar, in words and in full.
-    let tar = "find . -mindepth 1 -maxdepth 1 -print0 | sort -z | tar --create --null --files-from=- --sort=name \
-               --numeric-owner --mtime=@0 --pax-option=exthdr.name=%d/%f,delete=atime,delete=ctime --xattrs --xattrs-include='*'";
-    tree.insert(
-        "(listed by tar)".to_owned(),
-        sh(&format!("{tar} | tar --list --xattrs --xattrs-include='*' -vv")),
-    );
-    tree.insert("(as tar)".to_owned(), sh(&format!("{tar} | sha256sum")));
     tree
+}
+
+/// Extended attributes, by name.
+fn attributes(path: &Path) -> String {
+    let mut names = vec![0; 64 << 10];
+    let length = rustix::fs::llistxattr(path, &mut names[..]).unwrap();
+    let mut names: Vec<&[u8]> = names[..length].split(|b| *b == 0).filter(|name| !name.is_empty()).collect();
+    names.sort_unstable();
+    let value = |name: &&[u8]| {
+        let mut value = vec![0; 64 << 10];
+        let length = rustix::fs::lgetxattr(path, *name, &mut value[..]).unwrap();
+        format!(" {}={:02x?}", String::from_utf8_lossy(name), &value[..length])
+    };
+    names.iter().map(value).collect()
 }
 
 fn term() -> v1::Term {
