@@ -282,28 +282,28 @@ fn listed(root: &Path) -> BTreeMap<String, String> {
             let name = path.strip_prefix(root).unwrap().display().to_string();
             let found = path.symlink_metadata().unwrap();
             let owner = format!("{}:{}", found.uid(), found.gid());
-            let mut told = format!("{:o} {owner} device {:x}", found.mode(), found.rdev());
+            let mut told = vec![format!("{:o} {owner} device {:x}", found.mode(), found.rdev())];
             if found.is_symlink() {
                 let to = path.read_link().unwrap();
-                told += &format!(" -> {}", to.display());
+                told.push(format!("-> {}", to.display()));
             } else if found.is_file() {
-                told += &format!(" {}", Digest::sha256(&std::fs::read(&path).unwrap()));
+                told.push(Digest::sha256(&std::fs::read(&path).unwrap()).to_string());
                 if found.nlink() > 1 {
                     let first = linked.entry(found.ino()).or_insert_with(|| name.clone());
-                    told += &format!(" is {first}");
+                    told.push(format!("is {first}"));
                 }
             } else if found.is_dir() {
                 left.push(path.clone());
             }
-            told += &attributes(&path);
-            tree.insert(name, told);
+            told.extend(attributes(&path));
+            tree.insert(name, told.join(" "));
         }
     }
     tree
 }
 
 /// Extended attributes, by name.
-fn attributes(path: &Path) -> String {
+fn attributes(path: &Path) -> Vec<String> {
     let mut names = vec![0; 64 << 10];
     let length = rustix::fs::llistxattr(path, &mut names[..]).unwrap();
     let mut names: Vec<&[u8]> = names[..length].split(|b| *b == 0).filter(|name| !name.is_empty()).collect();
@@ -311,7 +311,7 @@ fn attributes(path: &Path) -> String {
     let value = |name: &&[u8]| {
         let mut value = vec![0; 64 << 10];
         let length = rustix::fs::lgetxattr(path, *name, &mut value[..]).unwrap();
-        format!(" {}={:02x?}", String::from_utf8_lossy(name), &value[..length])
+        format!("{}={:02x?}", String::from_utf8_lossy(name), &value[..length])
     };
     names.iter().map(value).collect()
 }
