@@ -106,3 +106,18 @@ async fn the_honest_one_is_not_blamed() {
     assert_eq!(done.source_nodes, [honest.node.clone()]);
     check_complete(&target, &image, NAME).await;
 }
+
+/// Nor is it when both were asked in turn: it is asked once more, for the whole.
+#[tokio::test]
+async fn the_one_that_completes_is_not_blamed() {
+    let image = image();
+    let digest = &image.layers[0].digest;
+    let (liar, honest) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    liar.trick(digest, Trick::WrongCut(1000));
+    let target = Fake::default();
+    let done = import(&agent(&target), request("t", NAME, &image, &[&liar, &honest])).await.unwrap();
+    assert_eq!(honest.offsets(digest), [1000, 0]);
+    assert_eq!(liar.asked(digest), 1);
+    assert!(done.transferred_bytes > done.total_bytes, "what was thrown away had been moved too");
+    check_complete(&target, &image, NAME).await;
+}

@@ -27,6 +27,8 @@ pub enum Trick {
     Wrong,
     /// The first bytes, then the connection breaks.
     Cut(usize),
+    /// Other bytes, so many, then the connection breaks.
+    WrongCut(usize),
     /// The first bytes, then nothing more comes.
     Stall(usize),
     /// Bytes without end, and no Content-Length.
@@ -107,13 +109,18 @@ async fn perform(trick: Trick, answer: Response) -> Response {
     let first = |count: usize| Ok::<_, std::io::Error>(bytes.slice(..count.min(bytes.len())));
     let body = match trick {
         Trick::Wrong => Body::from(vec![0x55; bytes.len()]),
-        Trick::Cut(count) => {
+        Trick::Cut(_) | Trick::WrongCut(_) => {
+            let first = match trick {
+                Trick::WrongCut(count) => Ok(Bytes::from(vec![0x55; count.min(bytes.len())])),
+                Trick::Cut(count) => first(count),
+                _ => first(0),
+            };
             let cut = stream::once(async {
                 // So that the first bytes are out when the connection breaks.
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 Err(std::io::Error::other("cut"))
             });
-            Body::from_stream(stream::iter([first(count)]).chain(cut))
+            Body::from_stream(stream::iter([first]).chain(cut))
         }
         Trick::Stall(count) => Body::from_stream(stream::iter([first(count)]).chain(stream::pending())),
         Trick::Endless => {

@@ -75,6 +75,26 @@ async fn cancelling_leaves_nothing() {
     import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap();
 }
 
+/// A blob that was there, which nothing else holds, is held from the moment it is counted on.
+#[tokio::test]
+async fn a_collection_in_the_middle_takes_nothing() {
+    let image = large_image();
+    let (present, digest) = (&image.layers[1].digest, &image.layers[0].digest);
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    target.put(&image.bytes[present], [].into());
+    peer.trick(digest, Trick::Stall(PIECE + 1000));
+    let agent = agent(&target);
+    let _attached = agent.attach(request("t", NAME, &image, &[&peer])).unwrap();
+    eventually("half a layer", async || target.partial(digest).is_some_and(|part| part.len() >= PIECE)).await;
+    target.collect();
+    assert!(target.partial(digest).is_some());
+    assert!(target.blob(present).await.unwrap().is_some());
+    peer.behave();
+    import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap();
+    assert_eq!(peer.asked(present), 0);
+    check_complete(&target, &image, NAME).await;
+}
+
 #[tokio::test]
 async fn attaching_again_changes_the_sources() {
     let image = image();
