@@ -59,6 +59,27 @@ pub(super) fn error(status: &Status) -> Error {
         // What tonic says when the connection breaks under a call.
         Code::Unknown if message.contains("transport error") => Error::Unavailable(message),
         Code::Internal if message.contains("h2 protocol error") => Error::Unavailable(message),
+        // What CRI says while containerd starts (1.7.35 and 2.4.2, `errServerNotInitialized` as Unknown).
+        Code::Unknown if message.contains("server is not initialized yet") => Error::Unavailable(message),
         code => Error::Other(format!("{message} ({code:?})")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_containerd_that_starts_does_not_answer() {
+        for status in [
+            Status::unavailable("connection refused"),
+            Status::unknown("transport error"),
+            Status::internal("h2 protocol error: broken pipe"),
+            Status::unknown("server is not initialized yet"),
+        ] {
+            assert!(matches!(error(&status), Error::Unavailable(_)), "{status:?}");
+        }
+        assert!(matches!(error(&Status::unknown("something else")), Error::Other(_)));
+        assert!(matches!(error(&Status::unknown("write x: no space left on device")), Error::Full(_)));
     }
 }

@@ -33,8 +33,14 @@ pub(super) async fn unpack(
     layer: Layer<'_>,
 ) -> Result<(), Error> {
     let hold = || client.hold(lease, Held::Snapshot { snapshotter, chain: layer.chain });
-    if is_committed(client, snapshotter, layer.chain).await? {
-        return hold().await;
+    // Looked for again once it is held: what is seen then cannot be collected any more.
+    let held = || async {
+        hold().await?;
+        is_committed(client, snapshotter, layer.chain).await
+    };
+    let collected = || Error::Unavailable(format!("snapshot {} was collected meanwhile", layer.chain));
+    if is_committed(client, snapshotter, layer.chain).await? && held().await? {
+        return Ok(());
     }
     let nanos = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
@@ -50,7 +56,7 @@ pub(super) async fn unpack(
         Ok(prepared) => prepared,
         // Another made it meanwhile.
         Err(Error::AlreadyExists(_)) if is_committed(client, snapshotter, layer.chain).await? => {
-            return hold().await;
+            return if held().await? { Ok(()) } else { Err(collected()) };
         }
         Err(error) => return Err(error),
     };
@@ -61,7 +67,10 @@ pub(super) async fn unpack(
             if let Err(left) = unary(client.snapshots().remove(request(message))).await {
                 tracing::debug!(%left, "an unfinished snapshot stays until its lease ends");
             }
-            if matches!(error, Error::AlreadyExists(_)) { hold().await } else { Err(error) }
+            if !matches!(error, Error::AlreadyExists(_)) {
+                return Err(error);
+            }
+            if held().await? { Ok(()) } else { Err(collected()) }
         }
     }
 }
