@@ -67,6 +67,11 @@ impl World {
         if self.settled { None } else { self.unsettled_until(now) }
     }
 
+    /// To be called when a node is gone: what it meant by names counts no more.
+    pub fn forget_gone_nodes(&mut self) {
+        self.fleet.forget_all_but(|name| self.nodes.contains_key(name));
+    }
+
     /// Takes in what a session tells.
     pub fn apply_fleet(&mut self, event: FleetEvent, now: Timestamp) {
         match event {
@@ -89,7 +94,10 @@ impl World {
                     self.fleet.remove(&node, digest);
                 }
             }
-            FleetEvent::Down { node } => self.fleet.down(&node),
+            FleetEvent::Down { node } => {
+                self.fleet.down(&node);
+                self.forget_gone_nodes();
+            }
         }
         self.missing.retain(|node, _| self.expected.contains(node) && !self.fleet.is_up(node));
         for node in &self.expected {

@@ -107,7 +107,11 @@ impl State {
             Event::Node { name, uid: Some(uid) } => {
                 return self.world.nodes.insert(name, uid.clone()) != Some(uid);
             }
-            Event::Node { name, uid: None } => return self.world.nodes.remove(&name).is_some(),
+            Event::Node { name, uid: None } => {
+                let was = self.world.nodes.remove(&name).is_some();
+                self.world.forget_gone_nodes();
+                return was;
+            }
             Event::Job(job) => return self.apply_job(*job),
             Event::JobGone { uid } => self.job_gone(&uid),
             Event::Listed(kind, seen) => self.listed(kind, &seen),
@@ -161,7 +165,10 @@ impl State {
         match kind {
             Kind::Pods => self.pods.retain(|uid, _| seen.contains(uid)),
             Kind::Namespaces => self.world.namespaces.retain(|name, _| seen.contains(name)),
-            Kind::Nodes => self.world.nodes.retain(|name, _| seen.contains(name)),
+            Kind::Nodes => {
+                self.world.nodes.retain(|name, _| seen.contains(name));
+                self.world.forget_gone_nodes();
+            }
             Kind::Jobs => {
                 let gone: Vec<_> = self.jobs.keys().filter(|uid| !seen.contains(*uid)).cloned().collect();
                 for uid in gone {

@@ -332,6 +332,9 @@ fn who_is_not_opted_in_is_left_alone() {
     bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
     bench.waits("p", "b", "r.test/x:1");
     assert_eq!(bench.decide(), [], "switched off");
+    let uid = bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    assert_eq!(imports(&bench.decide()).len(), 0, "by hand and switched off");
+    assert_eq!(bench.reason(&uid), (Phase::Pending, "Disabled".to_owned()));
 }
 
 #[test]
@@ -464,6 +467,19 @@ fn jobs_by_hand_say_what_they_wait_for() {
         assert_eq!(imports(&actions).len(), 0);
         assert!(!deleted(&bench.pass(100_000)), "one by hand stays");
     }
+}
+
+#[test]
+fn a_tag_of_two_meanings_stays_one_while_a_node_is_away() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.up("c", vec![image(2, &["r.test/x:1"], true)]);
+    bench.on(Event::Fleet(FleetEvent::Down { node: "c".into() }));
+    bench.on(Event::Fleet(FleetEvent::Expected(["a".into()].into())));
+    bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    assert_eq!(imports(&bench.decide()).len(), 0, "the agent on c is away for a moment");
+    bench.on(Event::Node { name: "c".into(), uid: None });
+    assert_eq!(imports(&bench.decide()).len(), 1, "c is gone");
 }
 
 #[test]

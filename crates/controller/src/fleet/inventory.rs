@@ -65,6 +65,9 @@ pub struct Inventory {
     /// By record name: what each node means by it.
     by_name: HashMap<Arc<str>, BTreeMap<NodeName, Digest>>,
     interned: HashSet<Arc<Image>>,
+    /// What nodes without a session last meant by names; these stand in `by_name` too. A node that is away for a
+    /// moment must not turn an ambiguous tag into a clear one.
+    last: HashMap<NodeName, Vec<Arc<str>>>,
 }
 
 impl Image {
@@ -108,14 +111,45 @@ impl Inventory {
     /// A node's session stands: replaces all that was known of it.
     pub fn up(&mut self, name: &NodeName, address: String, platform: Platform, problem: String) {
         self.down(name);
+        self.forget(name);
         self.nodes.insert(name.clone(), Node { address, platform, problem, images: HashMap::new() });
     }
 
-    /// A node's session ended: what it holds is out of reach.
+    /// A node's session ended: what it holds is out of reach. What it means by names is remembered until it is back
+    /// or forgotten.
     pub fn down(&mut self, name: &NodeName) {
         let Some(node) = self.nodes.remove(name) else { return };
+        let mut meant = Vec::new();
         for image in node.images.into_values() {
+            for record in records(&image) {
+                if self.by_name.get(record).and_then(|meanings| meanings.get(name)) == Some(&image.target) {
+                    meant.push((record.clone(), image.target.clone()));
+                }
+            }
             self.unindex(name, &image);
+        }
+        for (record, target) in &meant {
+            self.by_name.entry(record.clone()).or_default().insert(name.clone(), target.clone());
+        }
+        self.last.insert(name.clone(), meant.into_iter().map(|(record, _)| record).collect());
+    }
+
+    /// Forgets what nodes without a session meant, but for those that there still are.
+    pub fn forget_all_but(&mut self, there: impl Fn(&NodeName) -> bool) {
+        let gone: Vec<NodeName> = self.last.keys().filter(|name| !there(name)).cloned().collect();
+        for name in gone {
+            self.forget(&name);
+        }
+    }
+
+    fn forget(&mut self, name: &NodeName) {
+        for record in self.last.remove(name).unwrap_or_default() {
+            if let Some(meanings) = self.by_name.get_mut(&record) {
+                meanings.remove(name);
+                if meanings.is_empty() {
+                    self.by_name.remove(&record);
+                }
+            }
         }
     }
 
@@ -298,7 +332,11 @@ mod tests {
         assert_eq!(f.holders(&digest(1), None).len(), 1);
         f.down(&"b".into());
         assert_eq!(f.holders(&digest(1), None).len(), 0);
-        assert_eq!(f.meanings("r/x:1").count(), 0);
+        assert_eq!(f.meanings("r/x:1").count(), 1, "a node that is away still means it");
+        f.forget_all_but(|name| &**name == "b");
+        assert_eq!(f.meanings("r/x:1").count(), 1);
+        f.forget_all_but(|_| false);
+        assert_eq!(f.meanings("r/x:1").count(), 0, "a node that is gone does not");
         assert_eq!((f.images(), f.nodes_up()), (0, 1));
         assert!(f.by_digest.is_empty() && f.by_name.is_empty());
     }
@@ -312,6 +350,15 @@ mod tests {
         f.remove(&a, &digest(1));
         let meaning: Vec<_> = f.meanings("r/x:1").collect();
         assert_eq!(meaning, vec![(&a, &digest(2))]);
+    }
+
+    #[test]
+    fn a_node_that_comes_back_means_what_it_says_then() {
+        let mut f = fleet(&["a"]);
+        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
+        f.down(&"a".into());
+        f.up(&"a".into(), String::new(), Platform::new("linux", "amd64", ""), String::new());
+        assert_eq!(f.meanings("r/x:1").count(), 0);
     }
 
     #[test]

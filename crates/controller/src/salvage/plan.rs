@@ -5,7 +5,6 @@ use tote_api::Phase;
 use tote_image::Digest;
 
 use super::job::{Job, Run, Source};
-use super::schedule::MAX_SOURCES;
 use super::{Wanted, after};
 use crate::detect::Consent;
 use crate::resolve::{Missing, Resolution, resolve};
@@ -99,16 +98,21 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
     let node = &*job.spec.node_name;
     match world.nodes.get(node) {
         None => {
-            return wait(
-                "NodeNotFound",
-                format!("there is no node {node}: the job waits for one of that name"),
-            );
+            let message = match job.status.node_uid {
+                None => format!("there is no node {node}: the job waits for one of that name"),
+                Some(_) => {
+                    format!("node {node} is gone; one that comes under its name needs a new SalvageJob")
+                }
+            };
+            return wait("NodeNotFound", message);
         }
         Some(uid) if job.status.node_uid.as_ref().is_some_and(|known| **known != **uid) => {
-            return wait(
-                "NodeReplaced",
-                format!("node {node} is not the one that the job was made for: make a new SalvageJob"),
-            );
+            return Step::Fail {
+                reason: "NodeReplaced",
+                message: format!(
+                    "node {node} is not the one that the job was made for: make a new SalvageJob"
+                ),
+            };
         }
         Some(_) => {}
     }
@@ -252,7 +256,8 @@ fn look(
     }
 }
 
-/// A transfer gets a new list when one of its sources is gone or moved, or when it has few and there are more.
+/// A transfer gets a new list when one of its sources is gone or moved: first those that it keeps, for they were
+/// chosen by load.
 fn reattach(given: &[Source], available: &[Source]) -> Step {
     if given.is_empty() || available.is_empty() {
         // With nothing to move from, a new list would only take away what the agent may still be reading.
@@ -263,8 +268,12 @@ fn reattach(given: &[Source], available: &[Source]) -> Step {
         };
     }
     let lost = given.iter().any(|source| !available.contains(source));
-    let more = given.len() < MAX_SOURCES && available.len() > given.len();
-    if lost || more { Step::Attach { sources: available.to_vec() } } else { Step::Keep }
+    if !lost {
+        return Step::Keep;
+    }
+    let (kept, others): (Vec<Source>, Vec<Source>) =
+        available.iter().cloned().partition(|source| given.contains(source));
+    Step::Attach { sources: kept.into_iter().chain(others).collect() }
 }
 
 /// `5.0 MiB from a, b`, for messages.
