@@ -12,8 +12,7 @@ help: ## list the targets
 demo: ## see it work: a real cluster, a stopped registry, a pod that runs all the same (root; KEEP=1 leaves it up)
 	@e2e/tools.sh all
 	@$(MAKE) --no-print-directory image
-	@echo "compiling the demo"
-	@$(CARGO) build -q -p tote-e2e --bins
+	@$(CARGO) build -p tote-e2e --bins
 	@target/debug/demo
 
 test: ## every test there is, on real containerds and a real cluster (root)
@@ -25,7 +24,7 @@ test: ## every test there is, on real containerds and a real cluster (root)
 bench: ## measure times and memory on a cluster of its own (root)
 	@e2e/tools.sh all
 	@$(MAKE) --no-print-directory image
-	@$(CARGO) run -q -p tote-e2e --bin figures
+	@$(CARGO) run -p tote-e2e --bin figures
 
 check: lint ## the tests that need neither root nor a cluster
 	@$(CARGO) test --workspace --exclude tote-e2e
@@ -41,9 +40,9 @@ crds: ## write the CRDs again (config/crd, charts/tote/files/crds)
 
 image: ## the operator's image: target/image/tote.tar, an OCI archive
 	@e2e/tools.sh build
-	@$(CARGO) run -q -p tote-e2e --bin mkimage
+	@$(CARGO) run -p tote-e2e --bin mkimage
 
 clean: ## take down what demo and tests left, and remove target/ (the cache of built programs stays)
 	@if [ "$$(id -u)" = 0 ] && [ -x target/debug/cluster ]; then \
-		for name in demo test figures dev; do target/debug/cluster --name $$name down; done; fi
+		target/debug/demo down; for name in test figures dev selftest killed; do target/debug/cluster --name $$name down; done; fi
 	@$(CARGO) clean

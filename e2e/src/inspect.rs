@@ -1,9 +1,14 @@
 //! What a node's containerd holds, seen by `ctr`: for asserting that an image is whole, that it survives a
 //! garbage collection, and that nothing is left behind.
 
-use anyhow::{Context as _, Result, bail, ensure};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use tote_image::{Digest, chain_ids};
 
 use crate::cluster::Node;
+use crate::host;
+use crate::images::Image;
 
 /// Fails unless `ctr images check` says that the image is complete and unpacked.
 pub fn assert_whole(node: &Node, name: &str) -> Result<()> {
@@ -17,8 +22,8 @@ pub fn assert_whole(node: &Node, name: &str) -> Result<()> {
 
 /// Makes containerd collect its garbage, and returns when it has.
 pub fn collect_garbage(node: &Node) -> Result<()> {
-    let id = "tote-scenario-gc";
-    node.ctr(&["leases", "create", "--id", id])?;
+    let made = node.ctr(&["leases", "create"])?;
+    let id = made.lines().last().context("ctr names no lease")?;
     node.ctr(&["leases", "delete", "--sync", id])?;
     Ok(())
 }
@@ -48,17 +53,35 @@ pub fn present(node: &Node, digests: &[String]) -> Result<Vec<String>> {
     Ok(all.lines().filter(|line| digests.iter().any(|digest| digest == line)).map(str::to_owned).collect())
 }
 
-/// Removes every record of the digest, then asserts that a collection takes all of its blobs as well.
-pub fn remove_whole(node: &Node, digest: &str, blobs: &[String]) -> Result<()> {
+/// Removes every record of the image, then asserts that a collection takes its blobs and snapshots as well.
+pub fn remove_whole(node: &Node, image: &Image) -> Result<()> {
+    let digest = image.digest();
     let names = records(node, digest)?;
     ensure!(!names.is_empty(), "no record of {digest} on {}", node.name());
     let mut command = vec!["images", "remove", "--sync"];
     command.extend(names.iter().map(String::as_str));
     node.ctr(&command)?;
-    collect_garbage(node)?;
-    let left = present(node, blobs)?;
-    if !left.is_empty() {
-        bail!("on {} these blobs stay without a record: {}", node.name(), left.join(", "));
-    }
-    Ok(())
+    assert_gone(node, image)
+}
+
+/// Asserts that nothing of the image is on the node once garbage is collected: no record, no blob, no snapshot. A
+/// container that kubelet has yet to remove holds its snapshot for a moment.
+pub fn assert_gone(node: &Node, image: &Image) -> Result<()> {
+    let names = records(node, image.digest())?;
+    ensure!(names.is_empty(), "on {} these records stand: {}", node.name(), names.join(", "));
+    let blobs: Vec<String> = image.needed()?.into_iter().map(|blob| blob.digest).collect();
+    let diff_ids: Vec<Digest> =
+        image.host()?.diff_ids.iter().map(|id| id.parse()).collect::<Result<_, _>>()?;
+    let chains = chain_ids(&diff_ids);
+    let mut left = Vec::new();
+    let gone = host::wait_until("blobs and snapshots to go", Duration::from_secs(60), || {
+        collect_garbage(node)?;
+        let snapshots = node.ctr(&["snapshots", "list"])?;
+        left = present(node, &blobs)?;
+        left.extend(
+            chains.iter().filter(|chain| snapshots.contains(chain.as_str())).map(ToString::to_string),
+        );
+        Ok(left.is_empty())
+    });
+    gone.with_context(|| format!("on {} these stay without a record: {}", node.name(), left.join(", ")))
 }

@@ -82,6 +82,7 @@ fn await_running(cluster: &Cluster, pods: &[&str]) -> Result<()> {
 #[test]
 fn pods_run_on_every_node_and_nothing_is_left() -> Result<()> {
     let name = "selftest";
+    Cluster::down(name)?;
     let _guard = Guard(name);
     let cluster = Cluster::up(&Options::new(name), &|line| println!("{line}"))?;
     let bridge = format!("tote{}", cluster.registry_address().octets()[1]);
@@ -170,6 +171,7 @@ fn pods_run_on_every_node_and_nothing_is_left() -> Result<()> {
 #[test]
 fn a_killed_up_stops_neither_the_next_nor_down() -> Result<()> {
     let name = "killed";
+    Cluster::down(name)?;
     let _guard = Guard(name);
     let program = env!("CARGO_BIN_EXE_cluster");
     let dir = tote_e2e::tools::cache()?.join("clusters").join(name);

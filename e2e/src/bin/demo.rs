@@ -1,4 +1,5 @@
 //! Shows the main job on real parts: a registry stops, a pod on another node cannot pull, and runs all the same.
+//! `demo down` removes what `KEEP=1` left up.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,6 +39,14 @@ impl Clock {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    let down = match std::env::args().nth(1).as_deref() {
+        None => false,
+        Some("down") => true,
+        Some(other) => {
+            eprintln!("demo: unknown argument {other:?}: it takes none, or `down`");
+            return ExitCode::from(2);
+        }
+    };
     let keep = std::env::var("KEEP").is_ok_and(|value| !matches!(value.as_str(), "" | "0"));
     let (Ok(mut interrupt), Ok(mut terminate)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
@@ -45,10 +54,10 @@ async fn main() -> ExitCode {
         eprintln!("demo: signals cannot be caught");
         return ExitCode::FAILURE;
     };
-    let mut body = tokio::spawn(demo());
+    let mut body = tokio::spawn(async move { if down { Ok(()) } else { demo().await } });
     let code = tokio::select! {
         outcome = &mut body => match outcome.map_err(anyhow::Error::from).and_then(|outcome| outcome) {
-            Ok(()) if keep => {
+            Ok(()) if keep && !down => {
                 how_to_go_on();
                 return ExitCode::SUCCESS;
             }
@@ -209,7 +218,7 @@ fn how_to_go_on() {
          alias tk='target/debug/cluster --name {CLUSTER} kubectl'\n  \
          tk get nodes; tk get sj -A -o wide; tk get events -n {NAMESPACE}\n  \
          target/debug/cluster --name {CLUSTER} exec n1 ctr -n k8s.io images ls\n\
-         Stop it:\n  target/debug/cluster --name {CLUSTER} down"
+         Stop it:\n  target/debug/demo down"
     );
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use clap::Parser;
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::Pod;
@@ -36,12 +36,16 @@ struct Arguments {
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
     Cluster::down(CLUSTER)?;
-    let outcome = measure(&arguments).await;
+    let measuring = tokio::spawn(measure(arguments));
+    let outcome = tokio::select! {
+        outcome = measuring => outcome?,
+        _ = tokio::signal::ctrl_c() => Err(anyhow!("interrupted")),
+    };
     Cluster::down(CLUSTER)?;
     outcome
 }
 
-async fn measure(arguments: &Arguments) -> Result<()> {
+async fn measure(arguments: Arguments) -> Result<()> {
     let cluster = Cluster::up(&Options::new(CLUSTER), &|line| println!("{line}"))?;
     cluster.load_image(&operator::archive()?)?;
     operator::install(&cluster, &[])?;

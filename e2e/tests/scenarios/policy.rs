@@ -1,0 +1,186 @@
+//! Who is helped, who is left alone, and what is said about it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use kube::api::ListParams;
+use tote_e2e::images::Image;
+use tote_e2e::inspect;
+use tote_e2e::registry::Control as _;
+use tote_e2e::tenant::{PodShape, Tenant};
+
+use crate::stage::{Alone, Play, SOON, Scenario};
+
+/// Reasons of a pull that fails.
+const PULL: [&str; 2] = ["ErrImagePull", "ImagePullBackOff"];
+
+/// For showing that nothing happens: several times what detection takes.
+const A_WHILE: Duration = Duration::from_secs(5);
+
+pub fn all() -> Vec<Scenario> {
+    let one = |name, source, target, play| Scenario {
+        name,
+        source,
+        target,
+        also: None,
+        alone: Alone::Nothing,
+        play,
+    };
+    vec![
+        one("pull_policy_never", "n1", "n2", |p| Box::pin(pull_policy_never(p))),
+        one("pull_policy_always", "n1", "n3", |p| Box::pin(pull_policy_always(p))),
+        one("init_container", "n2", "n3", |p| Box::pin(init_container(p))),
+        one("namespace_not_opted_in", "n1", "n2", |p| Box::pin(namespace_not_opted_in(p))),
+        one("pod_not_opted_in", "n2", "n1", |p| Box::pin(pod_not_opted_in(p))),
+        one("nowhere_then_somewhere", "n1", "n2", |p| Box::pin(nowhere_then_somewhere(p))),
+        Scenario {
+            also: Some("n3"),
+            ..one("tag_of_two_meanings", "n1", "n2", |p| Box::pin(tag_of_two_meanings(p)))
+        },
+        one("three_pods_one_job", "n1", "n3", |p| Box::pin(three_pods_one_job(p))),
+        Scenario {
+            also: Some("n3"),
+            ..one("two_nodes_at_once", "n1", "n2", |p| Box::pin(two_nodes_at_once(p)))
+        },
+    ]
+}
+
+/// Pulled on the source, then the registry stopped; returns the image and its pinned reference.
+async fn cached_on_source(play: &Play) -> Result<(Image, String)> {
+    let image = play.image("tiny")?;
+    let (_, pinned) = play.push(&image).await?;
+    play.pull_on_source(&pinned).await?;
+    play.registry.stop()?;
+    Ok((image, pinned))
+}
+
+async fn no_job(tenant: &Tenant) -> Result<()> {
+    let jobs = tenant.jobs();
+    let look = || async { Ok(jobs.list(&ListParams::default()).await?.items.into_iter().next()) };
+    tenant.never("a job was made", A_WHILE, look).await
+}
+
+async fn pull_policy_never(play: Play) -> Result<()> {
+    let (image, pinned) = cached_on_source(&play).await?;
+    let shape = PodShape { pull_policy: Some("Never"), ..PodShape::new("n2", &pinned) };
+    play.tenant.start("waiting", &shape).await?;
+    play.tenant.running("waiting", SOON).await?;
+    let job = play.tenant.imported(SOON).await?;
+    ensure!(job.spec.node_name == "n2");
+    play.assert_intact(&image, &pinned).await
+}
+
+/// Kubelet asks the registry whatever the node holds.
+async fn pull_policy_always(play: Play) -> Result<()> {
+    let (_, pinned) = cached_on_source(&play).await?;
+    let shape = PodShape { pull_policy: Some("Always"), ..PodShape::new("n3", &pinned) };
+    play.tenant.start("waiting", &shape).await?;
+    let note = play.tenant.event("waiting", "ImageNotActionable", SOON).await?;
+    ensure!(note.contains("Always"), "{note}");
+    no_job(&play.tenant).await
+}
+
+async fn init_container(play: Play) -> Result<()> {
+    let (image, pinned) = cached_on_source(&play).await?;
+    let shape = PodShape { init_image: Some(pinned.clone()), ..PodShape::new("n3", &pinned) };
+    play.tenant.start("waiting", &shape).await?;
+    play.tenant.running("waiting", SOON).await?;
+    play.assert_intact(&image, &pinned).await
+}
+
+async fn namespace_not_opted_in(play: Play) -> Result<()> {
+    let (_, pinned) = cached_on_source(&play).await?;
+    let other = Tenant::enter(play.tenant.client(), "namespace-left-alone", false).await?;
+    let outcome = async {
+        other.start("waiting", &PodShape::new("n2", &pinned)).await?;
+        other.failing("waiting", &PULL, SOON).await?;
+        no_job(&other).await?;
+        ensure!(salvage_events(&other).await?.is_empty(), "events in a namespace left alone");
+        Ok(())
+    };
+    let outcome = outcome.await;
+    other.leave().await?;
+    outcome
+}
+
+async fn pod_not_opted_in(play: Play) -> Result<()> {
+    let (_, pinned) = cached_on_source(&play).await?;
+    let shape = PodShape { opted_in: false, ..PodShape::new("n1", &pinned) };
+    play.tenant.start("waiting", &shape).await?;
+    play.tenant.failing("waiting", &PULL, SOON).await?;
+    no_job(&play.tenant).await?;
+    ensure!(salvage_events(&play.tenant).await?.is_empty(), "events on a pod left alone");
+    Ok(())
+}
+
+async fn salvage_events(tenant: &Tenant) -> Result<Vec<(String, String)>> {
+    let events = tenant.events("waiting").await?;
+    Ok(events.into_iter().filter(|(reason, _)| reason.starts_with("Image")).collect())
+}
+
+/// Nobody has it: said, and no job; then a node gets it, and there is a job within 2 s.
+async fn nowhere_then_somewhere(play: Play) -> Result<()> {
+    let image = play.image("tiny")?;
+    let (tagged, _) = play.push(&image).await?;
+    play.registry.stop()?;
+    play.start_on_target("waiting", &tagged).await?;
+    play.tenant.event("waiting", "ImageNotActionable", SOON).await?;
+    no_job(&play.tenant).await?;
+
+    let directory = tempfile::tempdir()?;
+    let archive = directory.path().join("image.tar");
+    image.write_archive(&archive, &tagged)?;
+    play.source()?.load_image(&archive)?;
+    let there = Instant::now();
+    play.tenant.until_job("for it", Duration::from_secs(2), |_| true).await?;
+    println!("a job {:.2} s after the image was on a node", there.elapsed().as_secs_f64());
+    play.tenant.running("waiting", SOON).await.map(drop)
+}
+
+async fn tag_of_two_meanings(play: Play) -> Result<()> {
+    let (old, new) = (play.image_seeded("tiny", "old")?, play.image_seeded("tiny", "new")?);
+    let (tagged, _) = play.push(&old).await?;
+    play.pull_on("old", "n1", &tagged).await?;
+    play.push(&new).await?;
+    play.pull_on("new", "n3", &tagged).await?;
+    play.registry.stop()?;
+    play.start_on_target("waiting", &tagged).await?;
+    let note = play.tenant.event("waiting", "ImageNotActionable", SOON).await?;
+    for part in ["n1", "n3", old.digest(), new.digest()] {
+        ensure!(note.contains(part), "{part} is not named: {note}");
+    }
+    no_job(&play.tenant).await
+}
+
+async fn three_pods_one_job(play: Play) -> Result<()> {
+    let (_, pinned) = cached_on_source(&play).await?;
+    for name in ["a", "b", "c"] {
+        play.start_on_target(name, &pinned).await?;
+    }
+    for name in ["a", "b", "c"] {
+        play.tenant.running(name, SOON).await?;
+    }
+    let jobs = play.tenant.jobs().list(&ListParams::default()).await?.items;
+    ensure!(jobs.len() == 1, "{} jobs\n{}", jobs.len(), play.tenant.report().await);
+    let transfer = jobs[0].status.as_ref().and_then(|status| status.transfer).unwrap_or_default();
+    let (moved, total) = (transfer.transferred_bytes, transfer.total_bytes);
+    ensure!(total > 4_000_000 && moved == total, "{moved} of {total} bytes were moved for three pods");
+    Ok(())
+}
+
+async fn two_nodes_at_once(play: Play) -> Result<()> {
+    let (image, pinned) = cached_on_source(&play).await?;
+    play.tenant.start("on-n2", &PodShape::new("n2", &pinned)).await?;
+    play.tenant.start("on-n3", &PodShape::new("n3", &pinned)).await?;
+    play.tenant.running("on-n2", SOON).await?;
+    play.tenant.running("on-n3", SOON).await?;
+    let jobs = play.tenant.jobs().list(&ListParams::default()).await?.items;
+    ensure!(jobs.len() == 2, "{} jobs", jobs.len());
+    for (pod, node) in [("on-n2", "n2"), ("on-n3", "n3")] {
+        let node = play.cluster().node(node)?;
+        inspect::assert_whole(node, &pinned)?;
+        play.stop_pod(pod).await?;
+        inspect::remove_whole(node, &image)?;
+    }
+    Ok(())
+}
