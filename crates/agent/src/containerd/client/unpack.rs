@@ -34,12 +34,12 @@ pub(super) async fn unpack(
 ) -> Result<(), Error> {
     let hold = || client.hold(lease, Held::Snapshot { snapshotter, chain: layer.chain });
     // Looked for again once it is held: what is seen then cannot be collected any more.
-    let held = || async {
+    let stays_held = || async {
         hold().await?;
         is_committed(client, snapshotter, layer.chain).await
     };
     let collected = || Error::Unavailable(format!("snapshot {} was collected meanwhile", layer.chain));
-    if is_committed(client, snapshotter, layer.chain).await? && held().await? {
+    if is_committed(client, snapshotter, layer.chain).await? && stays_held().await? {
         return Ok(());
     }
     let nanos = std::time::SystemTime::now()
@@ -56,7 +56,7 @@ pub(super) async fn unpack(
         Ok(prepared) => prepared,
         // Another made it meanwhile.
         Err(Error::AlreadyExists(_)) if is_committed(client, snapshotter, layer.chain).await? => {
-            return if held().await? { Ok(()) } else { Err(collected()) };
+            return if stays_held().await? { Ok(()) } else { Err(collected()) };
         }
         Err(error) => return Err(error),
     };
@@ -70,7 +70,7 @@ pub(super) async fn unpack(
             if !matches!(error, Error::AlreadyExists(_)) {
                 return Err(error);
             }
-            if held().await? { Ok(()) } else { Err(collected()) }
+            if stays_held().await? { Ok(()) } else { Err(collected()) }
         }
     }
 }
