@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::json;
+use tokio::task::block_in_place;
 use tote_e2e::cluster::{Cluster, Options};
 use tote_e2e::images::{Layout, tiny};
 use tote_e2e::operator;
@@ -38,7 +39,7 @@ async fn main() -> Result<()> {
     Cluster::down(CLUSTER)?;
     let measuring = tokio::spawn(measure(arguments));
     let outcome = tokio::select! {
-        outcome = measuring => outcome?,
+        outcome = measuring => outcome.map_err(anyhow::Error::from).and_then(|outcome| outcome),
         _ = tokio::signal::ctrl_c() => Err(anyhow!("interrupted")),
     };
     Cluster::down(CLUSTER)?;
@@ -46,9 +47,12 @@ async fn main() -> Result<()> {
 }
 
 async fn measure(arguments: Arguments) -> Result<()> {
-    let cluster = Cluster::up(&Options::new(CLUSTER), &|line| println!("{line}"))?;
-    cluster.load_image(&operator::archive()?)?;
-    operator::install(&cluster, &[])?;
+    let cluster = block_in_place(|| {
+        let cluster = Cluster::up(&Options::new(CLUSTER), &|line| println!("{line}"))?;
+        cluster.load_image(&operator::archive()?)?;
+        operator::install(&cluster, &[])?;
+        anyhow::Ok(cluster)
+    })?;
     let tenant = Tenant::enter(cluster.client().await?, "figures", true).await?;
     salvages(&cluster, &tenant, arguments.salvages).await?;
     memory(&cluster, &tenant, "at rest").await?;
