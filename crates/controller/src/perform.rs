@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tote_api::{SalvageJob, SalvageJobSpec, SalvageJobStatus, names};
 use tote_rpc::v1;
 
-use crate::decide::{About, Action, Event, NewJob};
+use crate::decide::{About, Action, CreateAnswer, Event, NewJob, version};
 use crate::fleet::Agents;
 use crate::http::Health;
 use crate::transfer;
@@ -41,6 +41,10 @@ enum CallError {
 }
 
 impl CallError {
+    fn is_not_found(&self) -> bool {
+        matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_not_found())
+    }
+
     fn is_gone(&self) -> bool {
         matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict())
     }
@@ -56,6 +60,7 @@ pub struct Performer {
     health: Arc<Health>,
     calls: Arc<Semaphore>,
     streams: HashMap<Arc<str>, AbortHandle>,
+    cancels: HashMap<Arc<str>, AbortHandle>,
     tasks: JoinSet<()>,
 }
 
@@ -79,6 +84,7 @@ impl Performer {
             health,
             calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
             streams: HashMap::new(),
+            cancels: HashMap::new(),
             tasks: JoinSet::new(),
         }
     }
@@ -87,6 +93,7 @@ impl Performer {
     pub fn perform(&mut self, action: Action) {
         while self.tasks.try_join_next().is_some() {}
         self.streams.retain(|_, stream| !stream.is_finished());
+        self.cancels.retain(|_, cancel| !cancel.is_finished());
         match action {
             Action::Count(count) => self.health.metrics.count(count),
             Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
@@ -102,6 +109,9 @@ impl Performer {
                 };
                 tracing::info!(job = %uid, transfer = request.transfer_id, image = request.reference, %node,
                     sources = request.sources.len(), "import");
+                if let Some(cancel) = self.cancels.remove(&uid) {
+                    cancel.abort(); // It is wanted again.
+                }
                 let client = self.agents.client(&node);
                 let follow = transfer::follow(client, request, uid.clone(), stream, self.events.clone());
                 let handle = self.tasks.spawn(follow);
@@ -114,7 +124,12 @@ impl Performer {
                 self.detach(&uid);
                 tracing::info!(job = %uid, transfer = transfer_id, %node, "cancel");
                 let request = v1::CancelRequest { term: Some(self.term.clone()), transfer_id };
-                self.tasks.spawn(transfer::cancel(self.agents.client(&node), request));
+                let agents = self.agents.clone();
+                let client = move || agents.client(&node);
+                let handle = self.tasks.spawn(transfer::cancel(client, request));
+                if let Some(former) = self.cancels.insert(uid, handle) {
+                    former.abort();
+                }
             }
             Action::CreateJob(job) => {
                 let api = Api::namespaced(self.client.clone(), &job.namespace);
@@ -128,15 +143,15 @@ impl Performer {
                 let api = Api::namespaced(self.client.clone(), &namespace);
                 let events = self.events.clone();
                 self.call(async move {
-                    let ok = match write_status(&api, &name, &uid, &before, &status).await {
-                        Ok(()) => true,
-                        Err(error) if error.is_gone() => false,
+                    let event = match write_status(&api, &name, &uid, &before, &status).await {
+                        Ok(version) => Event::StatusWritten { uid, version: Some(version) },
+                        Err(error) if error.is_not_found() => Event::JobGone { uid },
                         Err(error) => {
                             tracing::warn!(job = %name, %error, "cannot write a status");
-                            false
+                            Event::StatusWritten { uid, version: None }
                         }
                     };
-                    let _ = events.send(Event::StatusWritten { uid, ok }).await;
+                    let _ = events.send(event).await;
                 });
             }
             Action::WakePod { namespace, name, uid, annotations } => {
@@ -213,19 +228,29 @@ async fn create(api: Api<SalvageJob>, new: NewJob, events: mpsc::Sender<Event>) 
     job.metadata =
         ObjectMeta { name: Some(new.name.clone()), labels: Some(labels.into()), ..ObjectMeta::default() };
     let parameters = PostParams { field_manager: Some(names::MANAGER.to_owned()), ..PostParams::default() };
-    let ok = match limited(api.create(&parameters, &job)).await {
+    let answer = match limited(api.create(&parameters, &job)).await {
         Ok(made) => {
             tracing::info!(namespace = %new.namespace, job = new.name, image = %new.image, node = %new.node, "job made");
-            let _ = events.send(Event::Job(Box::new(made))).await;
-            true
+            let _ = events.send(Event::JobAnswered(Box::new(made))).await;
+            CreateAnswer::Made
         }
-        Err(CallError::Kube(kube::Error::Api(status))) if status.is_already_exists() => false,
+        Err(CallError::Kube(kube::Error::Api(status))) if status.is_already_exists() => {
+            match limited(api.get(&new.name)).await {
+                Ok(known) => {
+                    tracing::info!(namespace = %new.namespace, job = new.name, image = known.spec.image,
+                        node = known.spec.node_name, "a job of this name exists");
+                    let _ = events.send(Event::JobAnswered(Box::new(known))).await;
+                    CreateAnswer::Taken(new.number)
+                }
+                Err(error) => CreateAnswer::Refused(error.to_string()),
+            }
+        }
         Err(error) => {
             tracing::warn!(namespace = %new.namespace, job = new.name, %error, "cannot make a job");
-            false
+            CreateAnswer::Refused(error.to_string())
         }
     };
-    let _ = events.send(Event::Created { base: new.base, ok }).await;
+    let _ = events.send(Event::Created { base: new.base, answer }).await;
 }
 
 async fn delete(api: Api<SalvageJob>, name: Arc<str>, uid: Arc<str>, events: mpsc::Sender<Event>) {
@@ -247,10 +272,10 @@ async fn write_status(
     uid: &str,
     before: &SalvageJobStatus,
     status: &SalvageJobStatus,
-) -> Result<(), CallError> {
+) -> Result<u64, CallError> {
     let patch = json!({"metadata": {"uid": uid}, "status": merge(before, status)});
-    limited(api.patch_status(name, &parameters(), &Patch::Merge(patch))).await?;
-    Ok(())
+    let written = limited(api.patch_status(name, &parameters(), &Patch::Merge(patch))).await?;
+    Ok(version(&written.metadata))
 }
 
 /// The merge patch (RFC 7386) from one status to the other: what went is null.

@@ -59,20 +59,23 @@ pub async fn follow(
     }
 }
 
-/// Ends a transfer, if the agent can be reached. One that cannot ends by itself when nobody attaches to it.
-pub async fn cancel(client: Option<AgentClient>, request: v1::CancelRequest) {
-    let Some(mut client) = client else { return };
-    for pause in [1, 2, 4] {
-        match timeout(CALL, client.cancel(request.clone())).await {
-            Ok(Ok(_)) => return,
-            Ok(Err(status)) if status.code() == Code::FailedPrecondition => return,
-            Ok(Err(status)) => {
-                tracing::warn!(transfer = request.transfer_id, error = status.message(), "cannot cancel");
+/// Ends a transfer: asks again while the agent has no session or does not answer, for as long as the transfer can
+/// live without anybody attached to it (two minutes).
+pub async fn cancel(client: impl Fn() -> Option<AgentClient>, request: v1::CancelRequest) {
+    for pause in [1, 1, 2, 4, 8, 16, 32, 64] {
+        if let Some(mut client) = client() {
+            match timeout(CALL, client.cancel(request.clone())).await {
+                Ok(Ok(_)) => return,
+                Ok(Err(status)) if status.code() == Code::FailedPrecondition => return,
+                Ok(Err(status)) => {
+                    tracing::warn!(transfer = request.transfer_id, error = status.message(), "cannot cancel");
+                }
+                Err(_) => tracing::warn!(transfer = request.transfer_id, "cannot cancel: no answer"),
             }
-            Err(_) => tracing::warn!(transfer = request.transfer_id, "cannot cancel: no answer"),
         }
         tokio::time::sleep(Duration::from_secs(pause)).await;
     }
+    tracing::warn!(transfer = request.transfer_id, "not cancelled: the agent could not be asked");
 }
 
 fn refused(status: &tonic::Status) -> TransferEvent {

@@ -9,7 +9,7 @@ use crate::detect::Consent;
 use crate::fleet::{FleetEvent, Inventory, NodeName};
 use crate::salvage::{Source, after};
 
-/// For how many seconds an agent that says it is ready is waited for before the fleet is judged without it.
+/// For how many seconds an agent is waited for before the fleet is judged without it.
 const SETTLE_SECONDS: i64 = 10;
 
 /// Namespaces, nodes, and what the nodes hold.
@@ -23,9 +23,9 @@ pub struct World {
     pub nodes: HashMap<NodeName, Arc<str>>,
     /// What the nodes hold.
     pub fleet: Inventory,
-    /// Whether the set of agents is known.
-    agents_known: bool,
-    /// Agents without a session though they are ready, and since when.
+    /// Since when the set of agents is known.
+    agents_known: Option<Timestamp>,
+    /// Agents without a session, and since when.
     missing: HashMap<NodeName, Timestamp>,
     expected: std::collections::BTreeSet<NodeName>,
     /// Whether the fleet was known well enough once.
@@ -51,10 +51,12 @@ impl World {
     /// When the fleet is known well enough to say that nobody has an image, or what a tag means; `None` if it
     /// is now.
     pub fn unsettled_until(&self, now: Timestamp) -> Option<Timestamp> {
-        if !self.agents_known {
-            return Some(after(now, 1));
-        }
-        self.missing.values().map(|since| after(*since, SETTLE_SECONDS)).filter(|until| *until > now).max()
+        let Some(known) = self.agents_known else { return Some(after(now, 1)) };
+        // At first a node without an agent may be one whose agent is being replaced.
+        let at_first =
+            (!self.settled && self.nodes.keys().any(|node| !self.fleet.is_up(node))).then_some(known);
+        let since = self.missing.values().copied().chain(at_first);
+        since.map(|since| after(since, SETTLE_SECONDS)).filter(|until| *until > now).max()
     }
 
     /// To be called before decisions: notes that the fleet is known well enough for the first time.
@@ -76,7 +78,7 @@ impl World {
     pub fn apply_fleet(&mut self, event: FleetEvent, now: Timestamp) {
         match event {
             FleetEvent::Expected(nodes) => {
-                self.agents_known = true;
+                self.agents_known.get_or_insert(now);
                 self.expected = nodes;
             }
             FleetEvent::Up { node, address, platform, problem, images } => {
@@ -115,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn is_settled_when_every_ready_agent_answers_or_was_waited_for() {
+    fn is_settled_when_every_agent_answers_or_was_waited_for() {
         let start = Timestamp::UNIX_EPOCH;
         let mut world = World::new(true);
         assert!(world.unsettled_until(start).is_some(), "the agents are not known yet");
@@ -133,6 +135,16 @@ mod tests {
         assert_eq!(world.unsettled_until(after(start, 11)), None, "b was waited for");
         world.apply_fleet(up("b"), start);
         assert_eq!(world.unsettled_until(start), None);
+        world.nodes.insert("c".into(), "uid-c".into());
+        assert_eq!(
+            world.unsettled_until(start),
+            Some(after(start, 10)),
+            "the agent of c may be between two pods"
+        );
+        world.nodes.remove("c");
+        world.settle(start);
+        world.nodes.insert("c".into(), "uid-c".into());
+        assert_eq!(world.unsettled_until(start), None, "a node that comes later may never have one");
         world.apply_fleet(FleetEvent::Down { node: "a".into() }, after(start, 60));
         assert!(world.unsettled_until(after(start, 61)).is_some());
     }

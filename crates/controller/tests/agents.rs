@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -301,6 +302,9 @@ async fn a_cancellation_reaches_the_agent() {
     let (address, _stop) = serve(played.clone(), None).await;
     let client = tote_rpc::connect(address).await.unwrap();
     let request = v1::CancelRequest { term: None, transfer_id: "t-1".into() };
-    timeout(DEADLINE, transfer::cancel(Some(client), request)).await.unwrap();
+    // At first it has no session.
+    let asked = AtomicUsize::new(0);
+    let session = || (asked.fetch_add(1, Ordering::Relaxed) >= 2).then(|| client.clone());
+    timeout(DEADLINE, transfer::cancel(session, request)).await.unwrap();
     assert_eq!(*played.heard.lock().unwrap(), ["cancel t-1"]);
 }

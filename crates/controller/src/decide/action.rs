@@ -13,7 +13,7 @@ use crate::salvage::Source;
 /// An effect.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
-    /// Create a `SalvageJob`; one of that name that exists is as good.
+    /// Create a `SalvageJob`.
     CreateJob(NewJob),
     /// Delete a job, if it is still the one of this UID.
     DeleteJob {
@@ -101,6 +101,8 @@ pub enum Action {
 pub struct NewJob {
     /// Its name without the counter.
     pub base: String,
+    /// The counter.
+    pub number: u32,
     /// Namespace.
     pub namespace: Arc<str>,
     /// Name.

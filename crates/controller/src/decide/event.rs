@@ -48,8 +48,10 @@ pub enum Event {
         /// Its UID; `None` if it is gone.
         uid: Option<Arc<str>>,
     },
-    /// A job was seen.
+    /// The watch tells of a job.
     Job(Box<SalvageJob>),
+    /// A call was answered with a job, of which the watch may not have told yet.
+    JobAnswered(Box<SalvageJob>),
     /// A job is gone.
     JobGone {
         /// Its UID.
@@ -72,21 +74,32 @@ pub enum Event {
     Created {
         /// Its name without the counter.
         base: String,
-        /// Whether there is one now; it was seen before this event.
-        ok: bool,
+        /// What the API server said.
+        answer: CreateAnswer,
     },
     /// A status was written, or not.
     StatusWritten {
         /// The job's UID.
         uid: Arc<str>,
-        /// Whether the API server has it.
-        ok: bool,
+        /// The resource version that has it; `None` if it could not be written.
+        version: Option<u64>,
     },
     /// A job could not be deleted.
     DeleteFailed {
         /// The job's UID.
         uid: Arc<str>,
     },
+}
+
+/// What came of asking for a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CreateAnswer {
+    /// There is one, and it was told of before.
+    Made,
+    /// A job that was told of before has this counter: perhaps one for something else.
+    Taken(u32),
+    /// There is none; why.
+    Refused(String),
 }
 
 /// What a transfer tells.

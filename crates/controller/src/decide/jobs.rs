@@ -1,14 +1,14 @@
-//! What to do about jobs: start, attach, cancel, finish, delete, and keep their status written.
+//! What to do about jobs: start, attach, cancel, finish, delete.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use tote_api::{Phase, SalvageJob, SalvageJobStatus, names};
+use tote_api::Phase;
 use tote_image::{Digest, Reference};
 
-use super::{About, Action, Count, State, TransferEvent, sooner};
+use super::{Action, Count, State, TransferEvent, sooner};
 use crate::backoff::delay;
 use crate::salvage::{
     Assignment, Demand, Job, Progress, Run, Source, Step, Turn, after, plan, schedule, status,
@@ -22,108 +22,13 @@ const LAST_RETRY: Duration = Duration::from_secs(60);
 /// Default of `spec.backoffLimit`.
 const BACKOFF_LIMIT: i32 = 6;
 
-/// Between two writes of a job's progress, and before the first, in seconds.
-const PROGRESS_SECONDS: i64 = 5;
+/// Before a job's progress is written for the first time, in seconds.
 const FIRST_PROGRESS_SECONDS: i64 = 1;
 
 /// For how many seconds nobody must have waited for a pending job of detection before it is deleted.
 const UNWANTED_SECONDS: i64 = 10;
 
-/// What the controller remembers of a job beside the job itself.
-pub(super) struct Book {
-    /// The status that the API server has.
-    written: SalvageJobStatus,
-    /// A write that was not answered yet: what it carries.
-    writing: Option<Box<SalvageJobStatus>>,
-    /// No write before this time: the last one failed.
-    write_after: Option<Timestamp>,
-    /// When progress may be written.
-    progress_after: Timestamp,
-    /// No deletion before this time: one was asked for.
-    delete_after: Option<Timestamp>,
-    /// Since when nobody has waited for it.
-    unwanted: Option<Timestamp>,
-    /// Phase and reason of the last event about it.
-    told: Option<(Phase, String)>,
-}
-
 impl State {
-    pub(super) fn apply_job(&mut self, object: SalvageJob) -> bool {
-        let metadata = object.metadata;
-        let (Some(namespace), Some(name), Some(uid)) = (metadata.namespace, metadata.name, metadata.uid)
-        else {
-            return false;
-        };
-        let uid: Arc<str> = uid.into();
-        let generation = metadata.generation.unwrap_or(0);
-        let terminating = metadata.deletion_timestamp.is_some();
-        if let Some((job, _)) = self.jobs.get_mut(&uid) {
-            // A create's answer and the watch may come in either order; most events echo a status.
-            let news = generation > job.generation || (terminating && !job.terminating);
-            if generation > job.generation {
-                job.generation = generation;
-                job.spec = object.spec;
-            }
-            job.terminating |= terminating;
-            return news;
-        }
-        let created = metadata.creation_timestamp.map_or(Timestamp::UNIX_EPOCH, |at| at.0);
-        let written = object.status.clone().unwrap_or_default();
-        let mut job = Job::new(&namespace, &name, &uid, created, object.spec, object.status);
-        job.generation = generation;
-        job.terminating = terminating;
-        job.automatic = metadata
-            .labels
-            .is_some_and(|labels| labels.get(names::MANAGED_BY).is_some_and(|v| v == names::MANAGER));
-        if let Ok(wanted) = &job.wanted {
-            let key = (job.spec.node_name.clone(), wanted.reference.clone());
-            self.by_image.entry(key).or_default().insert(uid.clone());
-        }
-        let told = (!job.status.conditions.is_empty()).then(|| (job.phase(), job.reason().to_owned()));
-        let book = Book {
-            written,
-            writing: None,
-            write_after: None,
-            progress_after: Timestamp::UNIX_EPOCH,
-            delete_after: None,
-            unwanted: None,
-            told,
-        };
-        self.jobs.insert(uid, (job, book));
-        true
-    }
-
-    pub(super) fn job_gone(&mut self, uid: &Arc<str>) {
-        let Some((job, _)) = self.jobs.remove(uid) else { return };
-        if let Ok(wanted) = &job.wanted {
-            let key = (job.spec.node_name.clone(), wanted.reference.clone());
-            if let Some(uids) = self.by_image.get_mut(&key) {
-                uids.remove(uid);
-                if uids.is_empty() {
-                    self.by_image.remove(&key);
-                }
-            }
-        }
-        if !job.phase().is_final() && job.status.attempts > 0 {
-            // Also one that this controller is not attached to: the agent may still be at it.
-            self.actions.push(cancel(&job));
-        }
-    }
-
-    pub(super) fn status_written(&mut self, uid: &str, ok: bool, now: Timestamp) {
-        let Some((_, book)) = self.jobs.get_mut(uid) else { return };
-        match (book.writing.take(), ok) {
-            (Some(status), true) => book.written = *status,
-            _ => book.write_after = Some(after(now, 1)),
-        }
-    }
-
-    pub(super) fn delete_failed(&mut self, uid: &str, now: Timestamp) {
-        if let Some((_, book)) = self.jobs.get_mut(uid) {
-            book.delete_after = Some(after(now, 5));
-        }
-    }
-
     pub(super) fn apply_transfer(&mut self, uid: &str, stream: u64, event: TransferEvent, now: Timestamp) {
         let Some((job, _)) = self.jobs.get_mut(uid) else { return };
         if !matches!(job.run, Run::Running { stream: own, .. } if own == stream) {
@@ -248,7 +153,8 @@ impl State {
                 }
             }
             Step::Wait { reason, message, cancel: end } => {
-                if end && !matches!(job.run, Run::Idle) {
+                // Also one that another leader started, and that this one is not attached to.
+                if end && !(matches!(job.run, Run::Idle) && job.fresh) {
                     self.actions.push(cancel(job));
                     job.fresh = true;
                 } else if matches!(job.run, Run::Running { .. }) {
@@ -297,7 +203,7 @@ impl State {
             self.actions.push(Action::Count(Count::Attempt));
         }
         if job.status.start_time.is_none() {
-            book.progress_after = after(now, FIRST_PROGRESS_SECONDS);
+            book.progress_after = Some(after(now, FIRST_PROGRESS_SECONDS));
         }
         self.streams += 1;
         job.run = Run::Running { stream: self.streams, digest: digest.clone(), sources: sources.clone() };
@@ -354,63 +260,6 @@ impl State {
         sooner(again, after(now, 30));
         self.actions.push(delete(job));
     }
-
-    fn tell_transition(&mut self, uid: &str) {
-        let Some((job, book)) = self.jobs.get_mut(uid) else { return };
-        let state = (job.phase(), job.reason().to_owned());
-        if state.1.is_empty() || book.told.as_ref() == Some(&state) {
-            return;
-        }
-        self.actions.push(Action::Tell {
-            about: About {
-                kind: "SalvageJob",
-                namespace: job.namespace.clone(),
-                name: job.name.clone(),
-                uid: job.uid.clone(),
-                field_path: String::new(),
-            },
-            warning: state.0 == Phase::Failed,
-            reason: state.1.clone(),
-            action: "Salvage",
-            note: text::bounded(status::message(&job.status), text::MAX_NOTE),
-        });
-        book.told = Some(state);
-    }
-
-    fn write(&mut self, uid: &str, now: Timestamp, again: &mut Option<Timestamp>) {
-        let Some((job, book)) = self.jobs.get_mut(uid) else { return };
-        if book.writing.is_some() || job.terminating || job.status == book.written {
-            return;
-        }
-        if let Some(at) = book.write_after
-            && at > now
-        {
-            sooner(again, at);
-            return;
-        }
-        let without_progress = |status: &SalvageJobStatus| {
-            let mut status = status.clone();
-            status.transfer = None;
-            status.source_nodes = Vec::new();
-            status
-        };
-        if without_progress(&job.status) == without_progress(&book.written) && book.progress_after > now {
-            sooner(again, book.progress_after);
-            return;
-        }
-        if job.status.transfer != book.written.transfer {
-            book.progress_after = after(now, PROGRESS_SECONDS);
-        }
-        book.write_after = None;
-        book.writing = Some(Box::new(job.status.clone()));
-        self.actions.push(Action::WriteStatus {
-            namespace: job.namespace.clone(),
-            name: job.name.clone(),
-            uid: job.uid.clone(),
-            before: Box::new(book.written.clone()),
-            status: Box::new(job.status.clone()),
-        });
-    }
 }
 
 fn finish(job: &mut Job, progress: &Progress, now: Timestamp) {
@@ -430,7 +279,7 @@ fn pause(job: &Job, failures: u32, now: Timestamp) -> Timestamp {
     now.checked_add(pause).unwrap_or(Timestamp::MAX)
 }
 
-fn cancel(job: &Job) -> Action {
+pub(super) fn cancel(job: &Job) -> Action {
     Action::Cancel {
         uid: job.uid.clone(),
         node: job.spec.node_name.as_str().into(),

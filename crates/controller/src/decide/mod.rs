@@ -1,13 +1,17 @@
 //! The state of the controller: takes in events, gives out actions. No effects, no clock of its own.
 //!
-//! `pods` decides over pods that wait, `jobs` over `SalvageJob`s; both only from what is known here.
+//! `pods` (with `ask` and `wake`) decides over pods that wait, `jobs` (with `book`) over `SalvageJob`s; both only from
+//! what is known here.
 
 mod action;
+mod ask;
+mod book;
 mod event;
 mod jobs;
 mod pods;
 #[cfg(test)]
 mod tests;
+mod wake;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -17,12 +21,14 @@ use tote_api::Phase;
 use tote_image::Reference;
 
 pub use action::{About, Action, Count, NewJob};
-pub use event::{Event, Kind, TransferEvent};
+pub use book::version;
+pub use event::{CreateAnswer, Event, Kind, TransferEvent};
 
 use crate::detect::WaitingPod;
 use crate::salvage::{Job, Limits};
 use crate::world::World;
-use jobs::Book;
+use ask::Asked;
+use book::Book;
 use pods::PodEntry;
 
 /// What the operator's flags set.
@@ -42,8 +48,8 @@ pub struct State {
     jobs: BTreeMap<Arc<str>, (Job, Book)>,
     /// UIDs of jobs by node and image.
     by_image: HashMap<(String, Reference), BTreeSet<Arc<str>>>,
-    /// Jobs asked for and not seen yet, by base name; when to stop waiting for the answer.
-    creating: HashMap<String, Timestamp>,
+    /// Jobs asked for, by base name.
+    asked: HashMap<String, Asked>,
     synced: HashSet<Kind>,
     streams: u64,
     actions: Vec<Action>,
@@ -67,7 +73,7 @@ impl State {
             pods: BTreeMap::new(),
             jobs: BTreeMap::new(),
             by_image: HashMap::new(),
-            creating: HashMap::new(),
+            asked: HashMap::new(),
             synced: HashSet::new(),
             streams: 0,
             actions: Vec::new(),
@@ -112,19 +118,14 @@ impl State {
                 self.world.forget_gone_nodes();
                 return was;
             }
-            Event::Job(job) => return self.apply_job(*job),
+            Event::Job(job) => return self.apply_job(*job, true),
+            Event::JobAnswered(job) => return self.apply_job(*job, false),
             Event::JobGone { uid } => self.job_gone(&uid),
             Event::Listed(kind, seen) => self.listed(kind, &seen),
             Event::Fleet(event) => self.world.apply_fleet(event, now),
             Event::Transfer { uid, stream, event } => self.apply_transfer(&uid, stream, event, now),
-            Event::Created { base, ok } => {
-                if ok {
-                    self.creating.remove(&base);
-                } else {
-                    self.creating.insert(base, crate::salvage::after(now, 2));
-                }
-            }
-            Event::StatusWritten { uid, ok } => self.status_written(&uid, ok, now),
+            Event::Created { base, answer } => self.apply_created(base, answer, now),
+            Event::StatusWritten { uid, version } => self.status_written(&uid, version, now),
             Event::DeleteFailed { uid } => self.delete_failed(&uid, now),
         }
         true
@@ -134,7 +135,7 @@ impl State {
     pub fn decide(&mut self, now: Timestamp) -> Decision {
         let mut again = None;
         if self.is_synced() {
-            self.creating.retain(|_, until| *until > now);
+            self.forget_asked(now);
             self.world.settle(now);
             self.decide_pods(now, &mut again);
             self.decide_jobs(now, &mut again);
@@ -151,7 +152,7 @@ impl State {
         if before == entry.pod {
             return false;
         }
-        let failed = pods::pulls_that_failed(&before, &entry.pod);
+        let failed = wake::pulls_that_failed(&before, &entry.pod);
         let node = entry.pod.node.clone();
         if !failed.is_empty() {
             self.pods.values_mut().filter(|entry| entry.pod.node == node).for_each(|e| e.hasten(&failed));
@@ -170,9 +171,16 @@ impl State {
                 self.world.forget_gone_nodes();
             }
             Kind::Jobs => {
-                let gone: Vec<_> = self.jobs.keys().filter(|uid| !seen.contains(*uid)).cloned().collect();
-                for uid in gone {
-                    self.job_gone(&uid);
+                let absent: Vec<_> = self.jobs.keys().filter(|uid| !seen.contains(*uid)).cloned().collect();
+                for uid in absent {
+                    // One just made may be younger than the list; the next list will have it.
+                    let is_new = self
+                        .jobs
+                        .get_mut(&uid)
+                        .is_some_and(|(_, book)| !std::mem::replace(&mut book.watched, true));
+                    if !is_new {
+                        self.job_gone(&uid);
+                    }
                 }
             }
         }

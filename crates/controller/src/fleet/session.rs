@@ -43,7 +43,7 @@ pub struct Endpoint {
 /// What the sessions tell.
 #[derive(Debug)]
 pub enum FleetEvent {
-    /// The nodes whose agents are ready, so that sessions with them are to be expected.
+    /// The nodes that have an agent, so that sessions with them are to be expected.
     Expected(BTreeSet<NodeName>),
     /// A session stands; the whole inventory of the node.
     Up {
@@ -133,7 +133,7 @@ impl Fleet {
 
     /// Replaces the set of endpoints. Sessions of those that stay are left alone.
     pub async fn set_endpoints(&mut self, endpoints: Vec<Endpoint>) {
-        let ready = endpoints.iter().filter(|e| e.ready).map(|e| e.node.clone()).collect();
+        let expected = endpoints.iter().map(|e| e.node.clone()).collect();
         let wanted: HashMap<NodeName, SocketAddr> =
             endpoints.into_iter().map(|e| (e.node, e.address)).collect();
         let gone: Vec<NodeName> = self
@@ -164,7 +164,7 @@ impl Fleet {
             ));
             self.sessions.insert(node, (address, stop, task));
         }
-        let _ = self.events.send(FleetEvent::Expected(ready)).await;
+        let _ = self.events.send(FleetEvent::Expected(expected)).await;
     }
 }
 
