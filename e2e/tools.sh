@@ -6,7 +6,7 @@
 #   build       what compiling the workspace needs (protoc, a C compiler)
 #   containerd  private containerds of three versions, and runc
 #   registry    docker-registry, skopeo
-#   cluster     containerd, Kubernetes, etcd, helm, CNI plugins, iptables, busybox
+#   cluster     containerd, Kubernetes, etcd, helm, CNI plugins, iptables, busybox, curl
 #   all         all of these (the default)
 #
 # Debian packages are installed with apt-get; containerd and docker-registry are
@@ -48,9 +48,12 @@ if wants build; then
 fi
 wants containerd && packages+=(runc iproute2 util-linux)
 wants registry && packages+=(skopeo)
-wants cluster && packages+=(containernetworking-plugins iptables conntrack busybox-static ca-certificates)
+wants cluster && packages+=(containernetworking-plugins iptables conntrack busybox-static ca-certificates curl)
 
 # ---- is this a machine that can do it? ---------------------------------------
+
+# at_least WANTED VERSION
+at_least() { [[ $(printf '%s\n' "$1" "$2" | sort -V | head -1) == "$1" ]]; }
 
 needs_root() { wants containerd || wants registry || wants cluster; }
 
@@ -68,7 +71,13 @@ check_machine() {
     [[ $(uname -m) == x86_64 ]] || missing+=("an x86_64 machine (this is $(uname -m))")
     [[ $(id -u) == 0 ]] || missing+=("root (you are $(id -un)): namespaces, mounts and cgroups are made")
   fi
-  command -v cargo >/dev/null || missing+=("cargo: install Rust, https://rustup.rs")
+  if ! command -v cargo >/dev/null; then
+    missing+=("cargo: install Rust, https://rustup.rs")
+  else
+    local rust
+    rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$here/../Cargo.toml")
+    at_least "$rust" "$(cargo --version | cut -d' ' -f2)" || missing+=("Rust $rust or later (this is $(cargo --version))")
+  fi
   command -v make >/dev/null || missing+=("make: apt-get install make")
   if wants containerd || wants cluster; then
     if ! command -v go >/dev/null; then
@@ -76,7 +85,7 @@ check_machine() {
     else
       local version
       version=$(go env GOVERSION)
-      [[ $(printf '%s\n' go1.26 "$version" | sort -V | head -1) == go1.26 ]] ||
+      at_least go1.26 "$version" ||
         missing+=("go 1.26 or later (this is $version)")
     fi
     grep -qw overlay /proc/filesystems || modprobe overlay 2>/dev/null ||
@@ -143,7 +152,8 @@ run() {
   shift
   log=$(mktemp "$cache/.tmp.log.XXXXXX")
   say "$what"
-  "$@" >"$log" 2>&1 9>&- </dev/null &
+  # It ends with this shell, also if that is killed: what it holds (apt's locks) stands in nobody's way then.
+  setpriv --pdeathsig KILL "$@" >"$log" 2>&1 9>&- </dev/null &
   child=$!
   while kill -0 "$child" 2>/dev/null; do
     sleep 0.2 9>&-

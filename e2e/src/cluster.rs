@@ -272,11 +272,6 @@ impl Cluster {
         api::unready(&self.kubeconfig(), self.nodes.len())
     }
 
-    /// `1` or `2`: the machine's version of cgroups, which its nodes run on.
-    pub fn cgroup_version(&self) -> u8 {
-        self.cgroups.version()
-    }
-
     /// The cluster as it would be, nothing made.
     fn new(name: &str, dir: PathBuf, network: Network, specs: &[NodeSpec]) -> Result<Self> {
         let (cgroups, branch, logs) = (Cgroups::detect()?, branch(name), dir.join("logs"));

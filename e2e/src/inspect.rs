@@ -28,7 +28,7 @@ pub fn collect_garbage(node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// Leases of the operator and ingests of anybody that are on the node.
+/// Leases and ingests of the operator that are on the node.
 pub fn unfinished(node: &Node) -> Result<Vec<String>> {
     let leases = node.ctr(&["leases", "list", "-q"])?;
     let mut found: Vec<String> =

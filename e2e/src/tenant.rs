@@ -103,6 +103,11 @@ impl Tenant {
         Ok(tenant)
     }
 
+    /// A namespace that exists, whose end is not the scenario's business: never [`Tenant::leave`] it.
+    pub fn of(client: Client, namespace: &str) -> Self {
+        Self { client, namespace: namespace.to_owned() }
+    }
+
     /// The namespace's name.
     pub fn namespace(&self) -> &str {
         &self.namespace
@@ -358,4 +363,11 @@ pub fn waiting(pod: &Pod) -> Vec<(String, String)> {
 /// The job's phase; none before the controller has seen it.
 pub fn phase(job: &SalvageJob) -> Option<Phase> {
     job.status.as_ref().and_then(|status| status.phase)
+}
+
+/// Reason and message of a job's condition Imported; empty before its first status.
+pub fn imported_reason(job: &SalvageJob) -> (String, String) {
+    let conditions = job.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    let imported = conditions.iter().find(|condition| condition.type_ == "Imported");
+    imported.map(|c| (c.reason.clone(), c.message.clone())).unwrap_or_default()
 }

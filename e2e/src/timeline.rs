@@ -79,3 +79,44 @@ fn is_failure(reason: &str) -> bool {
 pub fn mebibytes(bytes: Option<i64>) -> String {
     format!("{:.1} MiB", bytes.unwrap_or_default() as f64 / f64::from(1 << 20))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn pod(status: &serde_json::Value) -> Pod {
+        let pod = json!({"metadata": {"name": "web"}, "spec": {"nodeName": "n2", "containers": []}, "status": status});
+        serde_json::from_value(pod).unwrap()
+    }
+
+    fn job(status: &serde_json::Value) -> SalvageJob {
+        let spec = json!({"image": "r.test/x:1", "nodeName": "n2"});
+        serde_json::from_value(json!({
+            "apiVersion": "tote.dev/v1alpha1", "kind": "SalvageJob", "metadata": {"name": "j"}, "spec": spec,
+            "status": status
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn says_what_is_new_once_and_keeps_the_first_times() {
+        let seconds = Duration::from_secs;
+        let mut timeline = Timeline::default();
+        let waits =
+            pod(&json!({"containerStatuses": [{"name": "c", "image": "", "imageID": "", "ready": false,
+            "restartCount": 0, "state": {"waiting": {"reason": "ErrImagePull", "message": "refused"}}}]}));
+        assert_eq!(timeline.pod(&pod(&json!({})), seconds(0)), None, "it does not fail yet");
+        let line = timeline.pod(&waits, seconds(1)).unwrap();
+        assert_eq!(line, "    1.00 s  pod web on n2: ErrImagePull\n            refused");
+        assert_eq!(timeline.pod(&waits, seconds(2)), None);
+        assert!(timeline.job(&job(&json!({"phase": "Pending"})), seconds(3)).unwrap().ends_with("j Pending"));
+        let moved = json!({"phase": "Imported", "transfer":
+            {"totalBytes": 2 << 20, "transferredBytes": 1 << 20, "reusedBytes": 1 << 20}});
+        assert!(timeline.job(&job(&moved), seconds(4)).unwrap().ends_with("1.0 MiB moved"));
+        let runs = pod(&json!({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}));
+        assert!(timeline.pod(&runs, seconds(5)).unwrap().ends_with("pod web Running on n2"));
+        let times = [timeline.failed, timeline.detected, timeline.imported, timeline.running];
+        assert_eq!(times, [1, 3, 4, 5].map(|at| Some(seconds(at))));
+    }
+}

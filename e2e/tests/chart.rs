@@ -94,6 +94,22 @@ fn the_names_that_people_type_hold() {
         let found = documents.iter().filter(is).count();
         assert_eq!(found, 1, "{kind} {name}");
     }
+    for (kind, component) in [("Deployment", "controller"), ("DaemonSet", "agent")] {
+        let workload = documents.iter().find(|d| d.contains(&format!("\nkind: {kind}\n"))).unwrap();
+        for (label, value) in [
+            ("name", "tote"),
+            ("instance", "tote"),
+            ("component", component),
+            ("version", "\"0.1.0\""),
+            ("managed-by", "Helm"),
+        ] {
+            let line = format!("app.kubernetes.io/{label}: {value}\n");
+            assert!(workload.contains(&line), "{kind} lacks {line} in\n{workload}");
+        }
+    }
+    let agents = documents.iter().find(|d| d.contains("\nkind: DaemonSet\n")).unwrap();
+    assert!(agents.contains("\n      tolerations:\n        - operator: Exists"), "every taint: {agents}");
+    assert!(agents.contains("priorityClassName: system-node-critical"), "{agents}");
     let crd = documents.iter().find(|d| d.contains("\n  name: salvagejobs.tote.dev\n")).unwrap();
     assert!(
         crd.contains("helm.sh/resource-policy: keep"),

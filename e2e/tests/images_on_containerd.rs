@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::Command;
 use tote_e2e::daemon::{Daemon, Options};
@@ -69,7 +70,7 @@ fn every_image_is_pulled_whole_by_every_containerd() {
                 "{version}: {reference}: {moved} of {needed}"
             );
         }
-        println!("{} images on {version}", images.len());
+        let _ = writeln!(std::io::stderr(), "{} images on {version}", images.len());
     }
 }
 

@@ -26,7 +26,7 @@ const NAMESPACE: &str = "shop";
 /// How long a pod may take to start while the registry is well.
 const START: Duration = Duration::from_secs(90);
 /// How long the second pod may take.
-const RESCUE: Duration = Duration::from_secs(120);
+const RESCUE: Duration = Duration::from_secs(60);
 
 /// Says a line with the time since the start.
 struct Clock(Instant);
@@ -73,9 +73,7 @@ async fn main() -> ExitCode {
     body.abort();
     println!("taking the cluster down");
     if let Err(error) = block_in_place(take_down) {
-        eprintln!(
-            "demo: taking the cluster down: {error:#}\n      try: cargo run -p tote-e2e --bin cluster -- down --name {CLUSTER}"
-        );
+        eprintln!("demo: taking the cluster down: {error:#}\n      try it again: demo down");
         return ExitCode::FAILURE;
     }
     code
@@ -213,12 +211,16 @@ fn summary(timeline: &Timeline) {
 }
 
 fn how_to_go_on() {
+    let own = std::env::current_exe().unwrap_or_else(|_| "demo".into());
+    let cluster = own.with_file_name("cluster");
     println!(
         "\nThe cluster is still up. Use it:\n  \
-         alias tk='target/debug/cluster --name {CLUSTER} kubectl'\n  \
-         tk get nodes; tk get sj -A -o wide; tk get events -n {NAMESPACE}\n  \
-         target/debug/cluster --name {CLUSTER} exec n1 ctr -n k8s.io images ls\n\
-         Stop it:\n  target/debug/demo down"
+         demo() {{ {} --name {CLUSTER} \"$@\"; }}\n  \
+         demo kubectl get nodes; demo kubectl get sj -A -o wide; demo kubectl get events -n {NAMESPACE}\n  \
+         demo exec n1 ctr -n k8s.io images ls\n\
+         Stop it:\n  {} down",
+        cluster.display(),
+        own.display()
     );
 }
 

@@ -22,7 +22,7 @@ pub(super) const KUBE_PROXY_CONFIG: &str = "/etc/kubernetes/kube-proxy.json";
 
 /// The host names that, on every node, mean the machine's address on the
 /// bridge, where registries listen.
-pub const REGISTRY_HOSTS: [&str; 3] = ["registry.test", "mirror.test", "other.test"];
+pub const REGISTRY_HOSTS: [&str; 1] = ["registry.test"];
 
 /// What kubelet wants of the kernel, in `/proc/sys`; see
 /// `setupKernelTunables` in `kubernetes/pkg/kubelet/cm/container_manager_linux.go`.

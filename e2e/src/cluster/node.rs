@@ -223,15 +223,6 @@ impl Node {
         self.containerd.end(Signal::KILL)
     }
 
-    /// Ends containerd and starts it again.
-    ///
-    /// # Errors
-    /// It does not end or does not come up.
-    pub fn restart_containerd(&self) -> Result<()> {
-        self.stop_containerd()?;
-        self.start_containerd()
-    }
-
     /// The log of `containerd`, `kubelet` or `kube-proxy`.
     ///
     /// # Errors

@@ -95,6 +95,14 @@ pub fn debian(cache: &Path) -> Result<Debian> {
 fn build(root: &Path) -> Result<Vec<Cached>> {
     let start = Instant::now();
     let say = |what: &str| eprintln!("debian image: {what} [{:.0} s]", start.elapsed().as_secs_f32());
+    say("updating the package lists"); // Those of weeks ago name files that are gone.
+    let updated = Command::new("apt-get").args(["-qq", "update"]).stdin(Stdio::null()).output()?;
+    if !updated.status.success() {
+        say(&format!(
+            "goes on with the lists there are: {}",
+            String::from_utf8_lossy(&updated.stderr).trim()
+        ));
+    }
     let layout = Layout::at(root)?;
     let packages = root.join("packages");
     fs::create_dir_all(packages.join("partial"))?;

@@ -7,6 +7,7 @@ mod faults;
 mod node;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -40,7 +41,7 @@ fn every_image_arrives_whole_on_every_containerd() {
                 let done = target.import("t", reference, image.digest(), &[&holder]).unwrap();
                 let took = started.elapsed();
                 let what = format!("{name} from {from} to {to} with {snapshotter}");
-                println!("{what}: {} bytes in {took:?}", done.total_bytes);
+                let _ = writeln!(std::io::stderr(), "{what}: {} bytes in {took:?}", done.total_bytes);
                 let host = image.host().unwrap();
                 assert_eq!(done.image_id, host.config.digest, "{what}");
                 assert_eq!(done.transferred_bytes + done.reused_bytes, done.total_bytes, "{what}");
@@ -109,7 +110,7 @@ fn a_session_tells_of_an_image_at_once() {
             pulled.elapsed()
         });
         assert!(took < Duration::from_millis(500), "{version}: {took:?} after the pull");
-        println!("{version}: told {took:?} after the pull");
+        let _ = writeln!(std::io::stderr(), "{version}: told {took:?} after the pull");
     }
 }
 

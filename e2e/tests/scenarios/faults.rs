@@ -3,38 +3,39 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
 use serde_json::json;
-use tote_api::SalvageJob;
+use tote_api::{Phase, SalvageJob};
 use tote_e2e::cluster::Node;
-use tote_e2e::{inspect, operator};
+use tote_e2e::registry::Control as _;
+use tote_e2e::tenant::{PodShape, imported_reason, phase};
+use tote_e2e::{host, inspect, operator};
 
-use crate::stage::{Alone, Play, Scenario};
+use crate::play::Play;
+use crate::stage::{Alone, SOON, Scenario};
 
 /// For what is left of 500 MB at the cap, once more in the worst case, and for a dead leader's Lease to run out.
 const LONG: Duration = Duration::from_secs(180);
 
 pub fn all() -> Vec<Scenario> {
-    let one = |name, target, play| Scenario {
-        name,
-        source: "n1",
-        target,
-        also: None,
-        alone: Alone::Operator,
-        play,
-    };
-    vec![
-        one("midway_controller_killed", "n2", |p| Box::pin(controller_killed(p))),
-        one("midway_target_agent_killed", "n3", |p| Box::pin(agent_killed(p, "n3"))),
-        one("midway_source_agent_killed", "n2", |p| Box::pin(agent_killed(p, "n1"))),
-        one("midway_target_containerd_restarted", "n3", |p| Box::pin(containerd_restarted(p, "n3"))),
-        one("midway_source_containerd_restarted", "n2", |p| Box::pin(containerd_restarted(p, "n1"))),
-        one("midway_job_deleted", "n3", |p| Box::pin(job_deleted(p))),
-        one("midway_namespace_deleted", "n2", |p| Box::pin(namespace_deleted(p))),
-        one("midway_helm_uninstalled", "n3", |p| Box::pin(helm_uninstalled(p))),
-    ]
+    let all = [
+        Scenario::new("midway_controller_killed", "n1", "n2", controller_killed),
+        Scenario::new("midway_target_agent_killed", "n1", "n3", |p| agent_killed(p, "n3")),
+        Scenario::new("midway_source_agent_killed", "n1", "n2", |p| agent_killed(p, "n1")),
+        Scenario::new("midway_target_containerd_restarted", "n1", "n3", |p| containerd_restarted(p, "n3")),
+        Scenario::new("midway_source_containerd_restarted", "n1", "n2", |p| containerd_restarted(p, "n1")),
+        Scenario::new("midway_leader_gone", "n1", "n3", leader_gone),
+        Scenario::new("midway_rollout", "n1", "n2", rollout),
+        Scenario::new("midway_switched_off", "n1", "n3", switched_off),
+        Scenario::new("midway_pull_wins", "n1", "n2", pull_wins),
+        Scenario::new("midway_job_deleted", "n1", "n3", job_deleted),
+        Scenario::new("midway_namespace_deleted", "n1", "n2", namespace_deleted),
+        Scenario::new("midway_helm_uninstalled", "n1", "n3", helm_uninstalled),
+    ];
+    all.into_iter().map(|one| one.alone(Alone::Operator)).collect()
 }
 
 /// Starts a job and waits until its status says that 10 to 90 % were moved.
@@ -61,16 +62,27 @@ fn share_moved(job: &SalvageJob) -> i64 {
     transfer.transferred_bytes * 100 / transfer.total_bytes.max(1)
 }
 
-/// The job still ends Imported, nothing is left unfinished, and the image is whole.
-async fn ends_well(play: &Play) -> Result<()> {
-    play.tenant.imported(LONG).await?;
-    play.assert_nothing_unfinished(&play.big().await?.image).await?;
+/// The job still ends Imported, nothing is left unfinished, and the image is whole: a pod runs it without a pull, on
+/// the root file system that the source's has.
+async fn ends_well(play: &Play) -> Result<SalvageJob> {
+    let job = play.tenant.imported(LONG).await?;
     let big = play.big().await?;
+    play.assert_nothing_unfinished(&big.image).await?;
     let target = play.target()?;
+    let shape = PodShape {
+        pull_policy: Some("Never"),
+        opted_in: false,
+        ..PodShape::new(target.name(), &big.reference)
+    };
+    play.tenant.start("waiting", &shape).await?;
+    play.tenant.running("waiting", SOON).await?;
+    play.assert_same_root((&big.tenant, "source"), "waiting", target).await?;
     inspect::assert_whole(target, &big.reference)?;
     inspect::collect_garbage(target)?;
     inspect::assert_whole(target, &big.reference)?;
-    inspect::remove_whole(target, &big.image)
+    play.stop_pod("waiting").await?;
+    inspect::remove_whole(target, &big.image)?;
+    Ok(job)
 }
 
 /// Nothing of the image is on the target, and nothing is under way.
@@ -82,13 +94,93 @@ async fn ends_without_trace(play: &Play) -> Result<()> {
 async fn controller_killed(play: Play) -> Result<()> {
     half_way(&play).await?;
     kill(&play, "controller", None).await?;
-    ends_well(&play).await
+    ends_well(&play).await.map(drop)
+}
+
+/// The leader dies without giving its Lease back, and never comes again: another waits until it has run out.
+async fn leader_gone(play: Play) -> Result<()> {
+    half_way(&play).await?;
+    let former = leader(&play).await?.context("nobody leads")?;
+    kill(&play, "controller", None).await?;
+    let pods: Api<Pod> = Api::namespaced(play.tenant.client(), operator::NAMESPACE);
+    pods.delete(&former, &DeleteParams::default().grace_period(0)).await?;
+    play.tenant
+        .until("another controller to lead", LONG, || async {
+            Ok(leader(&play).await?.filter(|now| *now != former))
+        })
+        .await?;
+    ends_well(&play).await.map(drop)
+}
+
+/// Two controllers for a moment: the second leads and takes up what the first began.
+async fn rollout(play: Play) -> Result<()> {
+    half_way(&play).await?;
+    let former = leader(&play).await?;
+    let rollout = |arguments: &[&str]| -> Result<()> {
+        let all = [&["-n", operator::NAMESPACE, "rollout"], arguments].concat();
+        let mut command = play.cluster().kubectl(&all)?;
+        tokio::task::block_in_place(|| host::run(&mut command)).map(drop)
+    };
+    rollout(&["restart", "deploy/tote"])?;
+    rollout(&["status", "deploy/tote", "--timeout=60s"])?;
+    play.tenant
+        .until("another controller to lead", SOON, || async {
+            Ok(leader(&play).await?.filter(|now| Some(now) != former.as_ref()))
+        })
+        .await?;
+    let job = ends_well(&play).await?;
+    let attempts = job.status.map_or(0, |status| status.attempts);
+    ensure!(attempts == 1, "taken up again, and not begun anew: {attempts} attempts");
+    Ok(())
+}
+
+/// The controller that leads, by its Lease.
+async fn leader(play: &Play) -> Result<Option<String>> {
+    let leases: Api<Lease> = Api::namespaced(play.tenant.client(), operator::NAMESPACE);
+    Ok(leases.get("tote").await?.spec.and_then(|spec| spec.holder_identity).filter(|name| !name.is_empty()))
+}
+
+/// The kill switch ends what runs, though a new controller finds it; released, the job goes on.
+async fn switched_off(play: Play) -> Result<()> {
+    half_way(&play).await?;
+    play.install_operator_with(&[("config.enabled", "false")])?;
+    let off = |job: &SalvageJob| imported_reason(job).0 == "Disabled";
+    let outcome = async {
+        play.tenant.until_job("that is Disabled", SOON, off).await?;
+        play.assert_nothing_unfinished(&play.big().await?.image).await
+    };
+    let outcome = outcome.await;
+    play.install_operator()?;
+    outcome?;
+    ends_well(&play).await.map(drop)
+}
+
+/// The registry is there again and kubelet's own pull is over before the import is.
+async fn pull_wins(play: Play) -> Result<()> {
+    half_way(&play).await?;
+    let big = play.big().await?;
+    let shape = PodShape {
+        pull_policy: Some("Always"),
+        opted_in: false,
+        ..PodShape::new(play.target()?.name(), &big.reference)
+    };
+    big.registry.heal()?;
+    play.tenant.start("puller", &shape).await?;
+    let pulled = play.tenant.event("puller", "Pulled", LONG).await;
+    let job = play.tenant.jobs().get("big").await?;
+    big.registry.stop()?;
+    println!("{}", pulled?);
+    ensure!(phase(&job) == Some(Phase::Transferring), "the import was not under way: {:?}", job.status);
+    play.tenant.running("puller", SOON).await?;
+    play.tenant.imported(LONG).await?;
+    play.stop_pod("puller").await?;
+    ends_well(&play).await.map(drop)
 }
 
 async fn agent_killed(play: Play, node: &str) -> Result<()> {
     half_way(&play).await?;
     kill(&play, "agent", Some(node)).await?;
-    ends_well(&play).await
+    ends_well(&play).await.map(drop)
 }
 
 async fn containerd_restarted(play: Play, node: &str) -> Result<()> {
@@ -96,7 +188,7 @@ async fn containerd_restarted(play: Play, node: &str) -> Result<()> {
     let node = play.cluster().node(node)?;
     node.kill_containerd()?;
     node.start_containerd()?;
-    ends_well(&play).await
+    ends_well(&play).await.map(drop)
 }
 
 async fn job_deleted(play: Play) -> Result<()> {
@@ -115,6 +207,8 @@ async fn namespace_deleted(play: Play) -> Result<()> {
 async fn helm_uninstalled(play: Play) -> Result<()> {
     half_way(&play).await?;
     operator::uninstall(play.cluster())?;
+    let job = play.tenant.jobs().get("big").await.context("the CRD and the jobs stay")?;
+    ensure!(job.metadata.deletion_timestamp.is_none(), "the job is being deleted");
     play.tenant.clone().leave().await?;
     play.install_operator()?;
     play.nothing_unfinished_within(&play.big().await?.image, LONG).await?;

@@ -3,43 +3,33 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use kube::ResourceExt as _;
+use k8s_openapi::api::core::v1::Namespace;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
-use tote_api::{Phase, SalvageJob};
+use tote_api::{Phase, SalvageJob, names};
 use tote_e2e::images::Image;
 use tote_e2e::registry::Control as _;
-use tote_e2e::tenant::{Tenant, phase};
+use tote_e2e::tenant::{PodShape, Tenant, imported_reason, phase};
 use tote_e2e::{host, inspect};
 
-use crate::stage::{Alone, Play, SOON, Scenario};
+use crate::play::Play;
+use crate::stage::{SOON, Scenario};
 
 /// For showing that nothing happens.
 const A_WHILE: Duration = Duration::from_secs(5);
 
 pub fn all() -> Vec<Scenario> {
-    let one = |name, source, target, play| Scenario {
-        name,
-        source,
-        target,
-        also: None,
-        alone: Alone::Nothing,
-        play,
-    };
     vec![
-        one("job_by_hand", "n1", "n3", |p| Box::pin(by_hand(p))),
-        one("job_for_no_node", "n1", "n2", |p| Box::pin(no_node(p))),
-        one("job_for_an_unknown_digest", "n1", "n2", |p| Box::pin(unknown_digest(p))),
-        one("jobs_refused", "n1", "n2", |p| Box::pin(refused(p))),
-        one("job_outside_opted_in_namespaces", "n1", "n2", |p| Box::pin(not_opted_in(p))),
-        one("job_suspended", "n1", "n2", |p| Box::pin(suspended(p))),
-        one("job_clocks", "n1", "n2", |p| Box::pin(clocks(p))),
+        Scenario::new("job_by_hand", "n1", "n3", by_hand),
+        Scenario::new("job_for_no_node", "n1", "n2", no_node),
+        Scenario::new("job_for_an_unknown_digest", "n1", "n2", unknown_digest),
+        Scenario::new("jobs_refused", "n1", "n2", refused),
+        Scenario::new("job_outside_opted_in_namespaces", "n1", "n2", not_opted_in),
+        Scenario::new("job_in_a_denied_namespace", "n1", "n2", denied),
+        Scenario::new("job_suspended", "n1", "n2", suspended),
+        Scenario::new("job_clocks", "n1", "n2", clocks),
     ]
-}
-
-fn imported_reason(job: &SalvageJob) -> (String, String) {
-    let conditions = job.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-    let imported = conditions.iter().find(|condition| condition.type_ == "Imported");
-    imported.map(|c| (c.reason.clone(), c.message.clone())).unwrap_or_default()
 }
 
 /// Waits until the job is Pending for a reason, and returns the message.
@@ -93,7 +83,11 @@ async fn by_hand(play: Play) -> Result<()> {
     }
     inspect::assert_whole(play.target()?, &tagged)?;
     inspect::assert_whole(play.target()?, &pinned)?;
-    play.assert_nothing_unfinished(&image).await
+    // What it was brought for: a pod that starts there although the registry is gone.
+    let shape = PodShape { opted_in: false, ..PodShape::new("n3", &tagged) };
+    play.tenant.start("waiting", &shape).await?;
+    play.tenant.running("waiting", SOON).await?;
+    play.assert_intact(&image, &tagged).await
 }
 
 async fn no_node(play: Play) -> Result<()> {
@@ -150,6 +144,11 @@ async fn refused(play: Play) -> Result<()> {
         };
         ensure!(error.to_string().contains("immutable"), "{edit}: {error}");
     }
+    let kept = serde_json::to_value(play.tenant.jobs().get("good").await?.spec)?;
+    ensure!(
+        kept == json!({ "image": "registry.test/x:v1", "nodeName": "n2", "suspend": true }),
+        "became {kept}"
+    );
     let edit = json!({ "image": "registry.test/x:v1", "nodeName": "n2", "suspend": true, "priority": 5, "ttlSecondsAfterFinished": 9 });
     play.tenant.declare("good", edit).await?;
     Ok(())
@@ -175,6 +174,26 @@ async fn not_opted_in(play: Play) -> Result<()> {
     outcome
 }
 
+/// Whatever a denied namespace says of itself.
+async fn denied(play: Play) -> Result<()> {
+    let (image, tagged, _) = on_source(&play).await?;
+    let other = Tenant::of(play.tenant.client(), "kube-public");
+    let namespaces: Api<Namespace> = Api::all(play.tenant.client());
+    let allow = |says: Value| Patch::Merge(json!({ "metadata": { "annotations": { names::ALLOW: says } } }));
+    namespaces.patch("kube-public", &PatchParams::default(), &allow(json!("true"))).await?;
+    let outcome = async {
+        other.declare("ahead", json!({ "image": tagged, "nodeName": "n2" })).await?;
+        let message = pending(&other, "ahead", "NamespaceDenied").await?;
+        ensure!(message.contains("kube-public"), "{message}");
+        untouched(&other, "ahead").await?;
+        inspect::assert_gone(play.target()?, &image)
+    };
+    let outcome = outcome.await;
+    other.jobs().delete("ahead", &DeleteParams::default()).await?;
+    namespaces.patch("kube-public", &PatchParams::default(), &allow(Value::Null)).await?;
+    outcome
+}
+
 /// Suspended, nothing moves; released, it goes on.
 async fn suspended(play: Play) -> Result<()> {
     let (_, tagged, _) = on_source(&play).await?;
@@ -182,7 +201,8 @@ async fn suspended(play: Play) -> Result<()> {
     pending(&play.tenant, "held", "Suspended").await?;
     ensure!(inspect::assert_whole(play.target()?, &tagged).is_err(), "it is on the target already");
     play.tenant.declare("held", json!({ "image": tagged, "nodeName": "n2", "suspend": false })).await?;
-    play.tenant.imported(SOON).await.map(drop)
+    play.tenant.imported(SOON).await?;
+    inspect::assert_whole(play.target()?, &tagged)
 }
 
 /// `pendingDeadlineSeconds` fails a job that waits, `ttlSecondsAfterFinished` removes one that ended.

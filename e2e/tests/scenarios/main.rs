@@ -3,9 +3,11 @@
 //! `cargo test -p tote-e2e --test scenarios -- NAME` runs some of them. The cluster is made first, shared, and
 //! removed at the end, also after Ctrl-C.
 
+mod commands;
 mod faults;
 mod jobs;
 mod outage;
+mod play;
 mod policy;
 mod shapes;
 mod stage;
@@ -22,10 +24,11 @@ const THREADS: usize = 100;
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(THREADS);
-    let scenarios: Vec<Scenario> = [shapes::all(), policy::all(), jobs::all(), outage::all(), faults::all()]
-        .into_iter()
-        .flatten()
-        .collect();
+    let scenarios: Vec<Scenario> =
+        [outage::all(), shapes::all(), policy::all(), jobs::all(), commands::all(), faults::all()]
+            .into_iter()
+            .flatten()
+            .collect();
     if arguments.list {
         let trials = scenarios.into_iter().map(|scenario| Trial::test(scenario.name, || Ok(()))).collect();
         return libtest_mimic::run(&arguments, trials).exit_code();
@@ -40,7 +43,7 @@ fn main() -> ExitCode {
     let trials = scenarios.into_iter().map(|scenario| {
         let stage = stage.clone();
         Trial::test(scenario.name, move || {
-            stage.play(scenario).map_err(|error| Failed::from(format!("{error:#}")))
+            stage.play(scenario.clone()).map_err(|error| Failed::from(format!("{error:#}")))
         })
     });
     let trials = trials.collect();

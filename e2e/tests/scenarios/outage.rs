@@ -5,34 +5,23 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use kube::api::ListParams;
 use tote_api::Phase;
+use tote_e2e::inspect;
 use tote_e2e::registry::{Control as _, Mode};
 use tote_e2e::tenant::{PodShape, phase};
 
-use crate::stage::{Alone, Play, SOON, Scenario};
+use crate::play::Play;
+use crate::stage::{Alone, SOON, Scenario};
 
 pub fn all() -> Vec<Scenario> {
-    let one = |name, source, target, play| Scenario {
-        name,
-        source,
-        target,
-        also: None,
-        alone: Alone::Nothing,
-        play,
-    };
-    let alone = |name, source, target, play| Scenario {
-        alone: Alone::Node(target),
-        ..one(name, source, target, play)
-    };
     vec![
-        one("stopped_digest", "n1", "n3", |p| Box::pin(stopped_digest(p))),
-        one("stopped_tag", "n3", "n1", |p| Box::pin(stopped_tag(p))),
-        one("deleted_upstream", "n2", "n3", |p| Box::pin(deleted_upstream(p))),
-        one("second_name", "n3", "n1", |p| Box::pin(second_name(p))),
-        one("kubelet_requires_a_pull", "n1", "n3", |p| Box::pin(kubelet_requires_a_pull(p))),
-        one("registry_returns", "n1", "n2", |p| Box::pin(registry_returns(p))),
-        alone("kubelet_restarts", "n1", "n3", |p| Box::pin(kubelet_restarts(p))),
-        // Last, for it keeps everybody else from its node for minutes.
-        alone("black_hole", "n1", "n2", |p| Box::pin(black_hole(p))),
+        Scenario::new("black_hole", "n1", "n2", black_hole).alone(Alone::Node("n2")),
+        Scenario::new("stopped_digest", "n1", "n3", stopped_digest),
+        Scenario::new("stopped_tag", "n3", "n1", stopped_tag),
+        Scenario::new("deleted_upstream", "n2", "n3", deleted_upstream),
+        Scenario::new("second_name", "n3", "n1", second_name),
+        Scenario::new("kubelet_requires_a_pull", "n1", "n3", kubelet_requires_a_pull),
+        Scenario::new("registry_returns", "n1", "n2", registry_returns),
+        Scenario::new("kubelet_restarts", "n1", "n3", kubelet_restarts).alone(Alone::Node("n3")),
     ]
 }
 
@@ -78,6 +67,7 @@ async fn second_name(play: Play) -> Result<()> {
     let transfer = job.status.and_then(|status| status.transfer).unwrap_or_default();
     ensure!(transfer.transferred_bytes == 0, "{} bytes were moved again", transfer.transferred_bytes);
     ensure!(transfer.reused_bytes == transfer.total_bytes && transfer.total_bytes > 0, "{transfer:?}");
+    inspect::assert_whole(play.target()?, &second)?;
     play.stop_pod("again").await?;
     play.assert_intact(&image, &first).await
 }
@@ -102,21 +92,24 @@ async fn kubelet_requires_a_pull(play: Play) -> Result<()> {
 }
 
 /// How long containerd waits for a connection in the black hole (`dial_timeout` of hosts.toml, from containerd 2.1
-/// on). By default it is 30 s, and twelve pulls, one after the other, then hang for most of an hour.
-const DIAL: Duration = Duration::from_secs(5);
+/// on). By default it is 30 s, and a pull then hangs for 2 to 4 minutes (measured with containerd 2.4.2), twelve of them, one
+/// after the other, for most of an hour.
+const DIAL: Duration = Duration::from_secs(2);
 
 /// Connections get no answer. Kubelet pulls one image at a time, and a pull asks twice (HEAD of the manifest, then of
-/// a blob by the same digest), so each of twelve pulls hangs for 10 s, and the last has failed after 120 s. A pod runs
+/// a blob by the same digest), so each of twelve pulls hangs for 4 s, and the last has failed after 48 s. A pod runs
 /// as soon as its own pull has failed. The two pods of one image may hold each other up further: while one's pull
 /// hangs, its pull intent makes kubelet want a pull for the other, until a back-off (10, 20, 40 s) outlasts a pull:
-/// 130 s more. With a minute for everything else that is the deadline.
+/// 130 s more at most. With a minute for everything else that is the deadline.
 async fn black_hole(play: Play) -> Result<()> {
     let mut references = Vec::new();
+    let mut images = Vec::new();
     for n in 0..11 {
         let image = play.image_seeded("tiny", &n.to_string())?;
         let (_, pinned) = play.push_as(&image, &format!("app-{n}")).await?;
         play.pull_on(&format!("source-{n}"), "n1", &pinned).await?;
         references.push(pinned);
+        images.push(image);
     }
     let name = play.registry.upstream().name();
     let hosts = play.target()?.path("/etc/containerd/certs.d").join(name).join("hosts.toml");
@@ -133,6 +126,11 @@ async fn black_hole(play: Play) -> Result<()> {
         play.tenant.running(&format!("waiting-{n}"), left).await?;
     }
     println!("twelve pods run {:.0} s after they were made", begin.elapsed().as_secs_f64());
+    play.stop_pod("waiting-11").await?;
+    for (n, (image, reference)) in images.iter().zip(&references).enumerate() {
+        let (source, waiting) = (format!("source-{n}"), format!("waiting-{n}"));
+        play.assert_intact_in(image, reference, &source, &waiting, play.target()?).await?;
+    }
     Ok(())
 }
 
@@ -153,7 +151,8 @@ async fn kubelet_restarts(play: Play) -> Result<()> {
     play.assert_intact(&image, &pinned).await
 }
 
-/// Some 8 s of transfer, in the middle of which the registry is there again and kubelet pulls by itself.
+/// Some 8 s of transfer, in the middle of which the registry is there again and kubelet pulls by itself. That its pull
+/// is the first to end is `midway_pull_wins`.
 async fn registry_returns(play: Play) -> Result<()> {
     let image = play.image("random-200")?;
     let (_, pinned) = play.push(&image).await?;
@@ -167,6 +166,13 @@ async fn registry_returns(play: Play) -> Result<()> {
     // Always pulls at once; the waiting pod's own next try may be minutes away.
     let shape = PodShape { pull_policy: Some("Always"), opted_in: false, ..PodShape::new("n2", &pinned) };
     play.tenant.start("puller", &shape).await?;
+    play.tenant.event("puller", "Pulling", SOON).await?;
+    let jobs = play.tenant.jobs().list(&ListParams::default()).await?.items;
+    ensure!(
+        jobs.iter().any(|job| phase(job) == Some(Phase::Transferring)),
+        "the import was over before kubelet pulled\n{}",
+        play.tenant.report().await
+    );
     play.tenant.running("puller", SOON).await?;
     play.tenant.running("waiting", SOON).await?;
     play.tenant

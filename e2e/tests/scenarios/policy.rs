@@ -1,15 +1,19 @@
 //! Who is helped, who is left alone, and what is said about it.
 
+use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use kube::ResourceExt as _;
 use kube::api::ListParams;
+use tote_api::Phase;
 use tote_e2e::images::Image;
 use tote_e2e::inspect;
 use tote_e2e::registry::Control as _;
-use tote_e2e::tenant::{PodShape, Tenant};
+use tote_e2e::tenant::{PodShape, Tenant, phase};
 
-use crate::stage::{Alone, Play, SOON, Scenario};
+use crate::play::Play;
+use crate::stage::{SOON, Scenario};
 
 /// Reasons of a pull that fails.
 const PULL: [&str; 2] = ["ErrImagePull", "ImagePullBackOff"];
@@ -18,30 +22,17 @@ const PULL: [&str; 2] = ["ErrImagePull", "ImagePullBackOff"];
 const A_WHILE: Duration = Duration::from_secs(5);
 
 pub fn all() -> Vec<Scenario> {
-    let one = |name, source, target, play| Scenario {
-        name,
-        source,
-        target,
-        also: None,
-        alone: Alone::Nothing,
-        play,
-    };
     vec![
-        one("pull_policy_never", "n1", "n2", |p| Box::pin(pull_policy_never(p))),
-        one("pull_policy_always", "n1", "n3", |p| Box::pin(pull_policy_always(p))),
-        one("init_container", "n2", "n3", |p| Box::pin(init_container(p))),
-        one("namespace_not_opted_in", "n1", "n2", |p| Box::pin(namespace_not_opted_in(p))),
-        one("pod_not_opted_in", "n2", "n1", |p| Box::pin(pod_not_opted_in(p))),
-        one("nowhere_then_somewhere", "n1", "n2", |p| Box::pin(nowhere_then_somewhere(p))),
-        Scenario {
-            also: Some("n3"),
-            ..one("tag_of_two_meanings", "n1", "n2", |p| Box::pin(tag_of_two_meanings(p)))
-        },
-        one("three_pods_one_job", "n1", "n3", |p| Box::pin(three_pods_one_job(p))),
-        Scenario {
-            also: Some("n3"),
-            ..one("two_nodes_at_once", "n1", "n2", |p| Box::pin(two_nodes_at_once(p)))
-        },
+        Scenario::new("pull_policy_never", "n1", "n2", pull_policy_never),
+        Scenario::new("pull_policy_always", "n1", "n3", pull_policy_always),
+        Scenario::new("init_container", "n2", "n3", init_container),
+        Scenario::new("namespace_not_opted_in", "n1", "n2", namespace_not_opted_in),
+        Scenario::new("pod_not_opted_in", "n2", "n1", pod_not_opted_in),
+        Scenario::new("nowhere_then_somewhere", "n1", "n2", nowhere_then_somewhere),
+        Scenario::new("tag_of_two_meanings", "n1", "n2", tag_of_two_meanings).with("n3"),
+        Scenario::new("source_that_lies", "n3", "n1", source_that_lies),
+        Scenario::new("three_pods_one_job", "n1", "n3", three_pods_one_job),
+        Scenario::new("two_nodes_at_once", "n1", "n2", two_nodes_at_once).with("n3"),
     ]
 }
 
@@ -134,7 +125,13 @@ async fn nowhere_then_somewhere(play: Play) -> Result<()> {
     let there = Instant::now();
     play.tenant.until_job("for it", Duration::from_secs(2), |_| true).await?;
     println!("a job {:.2} s after the image was on a node", there.elapsed().as_secs_f64());
-    play.tenant.running("waiting", SOON).await.map(drop)
+    play.tenant.imported(SOON).await?;
+    play.tenant.running("waiting", SOON).await?;
+    // The registry is gone, so what the source has is what ctr imported there.
+    let shape = PodShape { pull_policy: Some("Never"), opted_in: false, ..PodShape::new("n1", &tagged) };
+    play.tenant.start("source", &shape).await?;
+    play.tenant.running("source", SOON).await?;
+    play.assert_intact(&image, &tagged).await
 }
 
 async fn tag_of_two_meanings(play: Play) -> Result<()> {
@@ -152,8 +149,32 @@ async fn tag_of_two_meanings(play: Play) -> Result<()> {
     no_job(&play.tenant).await
 }
 
+/// The one copy is damaged on its disk: found, tried again, given up, said on the pod; and nothing is left.
+async fn source_that_lies(play: Play) -> Result<()> {
+    let image = play.image("tiny")?;
+    let (_, pinned) = play.push(&image).await?;
+    play.pull_on_source(&pinned).await?;
+    play.registry.stop()?;
+    let blobs = image.needed()?;
+    let layer = blobs.iter().max_by_key(|blob| blob.size).context("an image without blobs")?;
+    let hex = layer.digest.trim_start_matches("sha256:");
+    let store = "var/lib/containerd/io.containerd.content.v1.content/blobs/sha256";
+    let file = std::fs::OpenOptions::new().write(true).open(play.source()?.path(store).join(hex))?;
+    file.write_all_at(b"not what it was", layer.size / 2)?;
+    play.start_on_target("waiting", &pinned).await?;
+    // Seven attempts with pauses of 1, 2, 4, ... 32 s.
+    let note = play.tenant.event("waiting", "ImageSalvageFailed", Duration::from_secs(150)).await?;
+    for part in [layer.digest.as_str(), "n3", "backoffLimit"] {
+        ensure!(note.contains(part), "{part} is not named: {note}");
+    }
+    let job = play.tenant.until_job("that is Failed", SOON, |job| phase(job) == Some(Phase::Failed)).await?;
+    play.tenant.event(&job.name_any(), "BackoffLimitExceeded", SOON).await?;
+    play.assert_nothing_unfinished(&image).await?;
+    inspect::assert_gone(play.target()?, &image)
+}
+
 async fn three_pods_one_job(play: Play) -> Result<()> {
-    let (_, pinned) = cached_on_source(&play).await?;
+    let (image, pinned) = cached_on_source(&play).await?;
     for name in ["a", "b", "c"] {
         play.start_on_target(name, &pinned).await?;
     }
@@ -165,7 +186,10 @@ async fn three_pods_one_job(play: Play) -> Result<()> {
     let transfer = jobs[0].status.as_ref().and_then(|status| status.transfer).unwrap_or_default();
     let (moved, total) = (transfer.transferred_bytes, transfer.total_bytes);
     ensure!(total > 4_000_000 && moved == total, "{moved} of {total} bytes were moved for three pods");
-    Ok(())
+    for name in ["b", "c"] {
+        play.stop_pod(name).await?;
+    }
+    play.assert_intact_in(&image, &pinned, "source", "a", play.target()?).await
 }
 
 async fn two_nodes_at_once(play: Play) -> Result<()> {
@@ -178,9 +202,7 @@ async fn two_nodes_at_once(play: Play) -> Result<()> {
     ensure!(jobs.len() == 2, "{} jobs", jobs.len());
     for (pod, node) in [("on-n2", "n2"), ("on-n3", "n3")] {
         let node = play.cluster().node(node)?;
-        inspect::assert_whole(node, &pinned)?;
-        play.stop_pod(pod).await?;
-        inspect::remove_whole(node, &image)?;
+        play.assert_intact_in(&image, &pinned, "source", pod, node).await?;
     }
     Ok(())
 }

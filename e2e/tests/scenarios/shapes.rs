@@ -3,26 +3,19 @@
 use anyhow::{Result, ensure};
 use tote_e2e::inspect;
 
-use crate::stage::{Alone, Play, SOON, Scenario};
+use crate::play::Play;
+use crate::stage::{SOON, Scenario};
 use tote_e2e::registry::Control as _;
 
 pub fn all() -> Vec<Scenario> {
-    let shape = |name, source, target, play| Scenario {
-        name,
-        source,
-        target,
-        also: None,
-        alone: Alone::Nothing,
-        play,
-    };
     vec![
-        shape("two_platforms", "n1", "n2", |p| Box::pin(two_platforms(p))),
-        shape("attested", "n2", "n3", |p| Box::pin(whole(p, "attested"))),
-        shape("docker_schema_2", "n3", "n1", |p| Box::pin(whole(p, "docker"))),
-        shape("many_layers", "n1", "n3", |p| Box::pin(whole(p, "many-layers"))),
-        shape("links_modes_owners", "n2", "n1", |p| Box::pin(whole(p, "awkward"))),
-        shape("debian_gzip", "n3", "n2", |p| Box::pin(debian(p, "debian-gzip"))),
-        shape("debian_zstd", "n2", "n3", |p| Box::pin(debian(p, "debian-zstd"))),
+        Scenario::new("two_platforms", "n1", "n2", two_platforms),
+        Scenario::new("attested", "n2", "n3", |p| whole(p, "attested")),
+        Scenario::new("docker_schema_2", "n3", "n1", |p| whole(p, "docker")),
+        Scenario::new("many_layers", "n1", "n3", |p| whole(p, "many-layers")),
+        Scenario::new("links_modes_owners", "n2", "n1", |p| whole(p, "awkward")),
+        Scenario::new("debian_gzip", "n3", "n2", |p| debian(p, "debian-gzip")),
+        Scenario::new("debian_zstd", "n2", "n3", |p| debian(p, "debian-zstd")),
     ]
 }
 
@@ -43,13 +36,18 @@ async fn two_platforms(play: Play) -> Result<()> {
     let image = play.image("two-platforms")?;
     let (_, pinned) = play.push(&image).await?;
     play.pull_on_source(&pinned).await?;
+    let host = image.host()?.manifest.digest.clone();
+    let others = image.platforms.iter().filter(|one| one.manifest.digest != host);
+    let others: Vec<String> =
+        others.flat_map(|one| [&one.manifest, &one.config]).map(|blob| blob.digest.clone()).collect();
+    ensure!(others.len() == 2, "{others:?}");
+    // The manifests are all fetched by a pull; what is below another platform's is not.
+    let held = inspect::present(play.source()?, &others[1..])?;
+    ensure!(held.is_empty(), "the source holds the other platform, too: {held:?}");
     play.registry.stop()?;
     play.start_on_target("waiting", &pinned).await?;
     play.tenant.running("waiting", SOON).await?;
-    let host = image.host()?.manifest.digest.clone();
-    let others =
-        image.platforms.iter().map(|one| one.manifest.digest.clone()).filter(|digest| *digest != host);
-    let found = inspect::present(play.target()?, &others.collect::<Vec<_>>())?;
-    ensure!(found.is_empty(), "another platform's manifest was moved: {found:?}");
+    let found = inspect::present(play.target()?, &others)?;
+    ensure!(found.is_empty(), "another platform's blobs were moved: {found:?}");
     play.assert_intact(&image, &pinned).await
 }
