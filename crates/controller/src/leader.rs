@@ -66,7 +66,7 @@ fn evaluate(spec: &LeaseSpec, unchanged: Duration, me: &str) -> Verdict {
 /// The record that a verdict leads to.
 fn next(spec: &LeaseSpec, verdict: &Verdict, me: &str, now: Timestamp) -> LeaseSpec {
     let taken = *verdict == Verdict::Take;
-    let before = spec.lease_transitions.unwrap_or(0);
+    let before = spec.lease_transitions.unwrap_or_else(|| floor(now));
     LeaseSpec {
         holder_identity: Some(me.to_owned()),
         lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
@@ -75,6 +75,12 @@ fn next(spec: &LeaseSpec, verdict: &Verdict, me: &str, now: Timestamp) -> LeaseS
         renew_time: Some(MicroTime(now)),
         ..spec.clone()
     }
+}
+
+/// The count of a record that has none, or has lost it: higher than any that agents can have heard of, for a `replace`
+/// of the chart's Lease empties it and keeps its UID. Seconds since 2020, which is beyond a century of elections.
+fn floor(now: Timestamp) -> i32 {
+    i32::try_from(now.as_second().saturating_sub(1_577_836_800).max(0)).unwrap_or(i32::MAX - (1 << 20))
 }
 
 /// A candidate for the leadership.
@@ -212,6 +218,15 @@ mod tests {
         ] {
             assert_eq!(evaluate(&spec, seconds(unchanged), "me"), verdict, "{spec:?} after {unchanged} s");
         }
+    }
+
+    #[test]
+    fn an_emptied_record_goes_on_above_what_it_was() {
+        let at = |time: &str| time.parse::<Timestamp>().unwrap();
+        let count = |now| next(&LeaseSpec::default(), &Verdict::Take, "me", now).lease_transitions.unwrap();
+        let first = count(at("2026-01-01T00:00:00Z"));
+        assert!(count(at("2026-01-01T00:01:00Z")) > first + 5, "after five more elections within a minute");
+        assert!(count(at("2090-01-01T00:00:00Z")) > first);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The one place where the controller acts on the world. Nothing is decided here.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,6 +59,9 @@ pub struct Performer {
     events: mpsc::Sender<Event>,
     health: Arc<Health>,
     calls: Arc<Semaphore>,
+    /// Apart, so that pods whose patches hang (an admission webhook that is down) keep nothing else waiting.
+    wake_calls: Arc<Semaphore>,
+    wakes: HashMap<Arc<str>, AbortHandle>,
     streams: HashMap<Arc<str>, AbortHandle>,
     cancels: HashMap<Arc<str>, AbortHandle>,
     tasks: JoinSet<()>,
@@ -83,6 +86,8 @@ impl Performer {
             events,
             health,
             calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
+            wake_calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
+            wakes: HashMap::new(),
             streams: HashMap::new(),
             cancels: HashMap::new(),
             tasks: JoinSet::new(),
@@ -94,6 +99,8 @@ impl Performer {
         while self.tasks.try_join_next().is_some() {}
         self.streams.retain(|_, stream| !stream.is_finished());
         self.cancels.retain(|_, cancel| !cancel.is_finished());
+        self.wakes.retain(|_, wake| !wake.is_finished());
+        let calls = self.calls.clone();
         match action {
             Action::Count(count) => self.health.metrics.count(count),
             Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
@@ -133,16 +140,16 @@ impl Performer {
             }
             Action::CreateJob(job) => {
                 let api = Api::namespaced(self.client.clone(), &job.namespace);
-                self.call(create(api, job, self.events.clone()));
+                self.call(&calls, create(api, job, self.events.clone()));
             }
             Action::DeleteJob { namespace, name, uid } => {
                 let api = Api::namespaced(self.client.clone(), &namespace);
-                self.call(delete(api, name, uid, self.events.clone()));
+                self.call(&calls, delete(api, name, uid, self.events.clone()));
             }
             Action::WriteStatus { namespace, name, uid, before, status } => {
                 let api = Api::namespaced(self.client.clone(), &namespace);
                 let events = self.events.clone();
-                self.call(async move {
+                self.call(&calls, async move {
                     let event = match write_status(&api, &name, &uid, &before, &status).await {
                         Ok(version) => Event::StatusWritten { uid, version: Some(version) },
                         Err(error) if error.is_not_found() => Event::JobGone { uid },
@@ -155,22 +162,11 @@ impl Performer {
                 });
             }
             Action::WakePod { namespace, name, uid, annotations } => {
-                let api: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
-                self.call(async move {
-                    let patch = json!({"metadata": {"uid": &*uid, "annotations": annotations}});
-                    let (parameters, patch) = (parameters(), Patch::Merge(patch));
-                    match limited(api.patch_metadata(&name, &parameters, &patch)).await {
-                        Ok(_) => tracing::info!(namespace = %namespace, pod = %name, "woken"),
-                        Err(error) if error.is_gone() => {}
-                        Err(error) => {
-                            tracing::warn!(namespace = %namespace, pod = %name, %error, "cannot wake");
-                        }
-                    }
-                });
+                self.wake(&namespace, name, uid, &annotations);
             }
             Action::Tell { about, warning, reason, action, note } => {
                 let recorder = self.recorder.clone();
-                self.call(async move {
+                self.call(&calls, async move {
                     let (name, text) = (about.name.clone(), note.clone());
                     let event = Told {
                         type_: if warning { EventType::Warning } else { EventType::Normal },
@@ -191,18 +187,46 @@ impl Performer {
         }
     }
 
+    /// One patch of a pod at a time.
+    fn wake(
+        &mut self,
+        namespace: &Arc<str>,
+        name: Arc<str>,
+        uid: Arc<str>,
+        annotations: &BTreeMap<String, String>,
+    ) {
+        if self.wakes.contains_key(&uid) {
+            return; // The API server has yet to answer the last one.
+        }
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let patch = json!({"metadata": {"uid": &*uid, "annotations": annotations}});
+        let namespace = namespace.clone();
+        let handle = self.call(&self.wake_calls.clone(), async move {
+            match limited(api.patch_metadata(&name, &parameters(), &Patch::Merge(patch))).await {
+                Ok(_) => tracing::info!(%namespace, pod = %name, "woken"),
+                Err(error) if error.is_gone() => {}
+                Err(error) => tracing::warn!(%namespace, pod = %name, %error, "cannot wake"),
+            }
+        });
+        self.wakes.insert(uid, handle);
+    }
+
     fn detach(&mut self, uid: &str) {
         if let Some(stream) = self.streams.remove(uid) {
             stream.abort();
         }
     }
 
-    fn call(&mut self, effect: impl Future<Output = ()> + Send + 'static) {
-        let calls = self.calls.clone();
+    fn call(
+        &mut self,
+        calls: &Arc<Semaphore>,
+        effect: impl Future<Output = ()> + Send + 'static,
+    ) -> AbortHandle {
+        let calls = calls.clone();
         self.tasks.spawn(async move {
             let _permit = calls.acquire_owned().await;
             effect.await;
-        });
+        })
     }
 }
 

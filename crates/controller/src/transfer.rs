@@ -102,6 +102,8 @@ fn event_of(event: Wire) -> TransferEvent {
             reused: d.reused_bytes,
             source_nodes: d.source_nodes,
         }),
+        // Ended from outside, and wanted again since: that is no failed attempt.
+        Wire::Failed(f) if f.cause() == Cause::Cancelled => TransferEvent::Lost { message: f.message },
         Wire::Failed(f) => {
             TransferEvent::Failed { reason: reason_of(f.cause()), message: f.message, retryable: f.retryable }
         }

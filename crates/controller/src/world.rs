@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use tote_image::Reference;
 
 use crate::detect::Consent;
 use crate::fleet::{FleetEvent, Inventory, NodeName};
@@ -23,6 +24,8 @@ pub struct World {
     pub nodes: HashMap<NodeName, Arc<str>>,
     /// What the nodes hold.
     pub fleet: Inventory,
+    /// When it was first asked.
+    asked: Option<Timestamp>,
     /// Since when the set of agents is known.
     agents_known: Option<Timestamp>,
     /// Agents without a session, and since when.
@@ -51,7 +54,13 @@ impl World {
     /// When the fleet is known well enough to say that nobody has an image, or what a tag means; `None` if it
     /// is now.
     pub fn unsettled_until(&self, now: Timestamp) -> Option<Timestamp> {
-        let Some(known) = self.agents_known else { return Some(after(now, 1)) };
+        let Some(known) = self.agents_known else {
+            // Not for ever: whoever may not read EndpointSlices is to hear that nobody has the image.
+            return match self.asked {
+                None => Some(after(now, 1)),
+                Some(asked) => Some(after(asked, SETTLE_SECONDS)).filter(|until| *until > now),
+            };
+        };
         // At first a node without an agent may be one whose agent is being replaced.
         let at_first =
             (!self.settled && self.nodes.keys().any(|node| !self.fleet.is_up(node))).then_some(known);
@@ -59,8 +68,16 @@ impl World {
         since.map(|since| after(since, SETTLE_SECONDS)).filter(|until| *until > now).max()
     }
 
+    /// Whether a node without a session may hold an image all the same: it did when last heard of, or it may be heard of
+    /// in a moment.
+    pub fn may_hold(&self, node: &str, reference: &Reference, now: Timestamp) -> bool {
+        let known = self.fleet.meanings(&reference.to_string()).any(|(name, _)| **name == *node);
+        known || self.unsettled_until(now).is_some()
+    }
+
     /// To be called before decisions: notes that the fleet is known well enough for the first time.
     pub fn settle(&mut self, now: Timestamp) {
+        self.asked.get_or_insert(now);
         self.settled = self.settled || self.unsettled_until(now).is_none();
     }
 

@@ -1,3 +1,5 @@
+//! The inventory over the fake containerd: what is told, and when.
+
 use super::*;
 use crate::containerd::Fake;
 use crate::testing::{Blobs, tar};

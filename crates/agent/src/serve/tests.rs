@@ -1,3 +1,5 @@
+//! The distribution API over the fake containerd, as an HTTP client sees it.
+
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use tower::ServiceExt;

@@ -13,16 +13,17 @@ use crate::detect::Wait;
 use crate::salvage::{after, base_name, counter};
 use crate::text;
 
-/// After a failed job the next one for the same image and node waits this long, doubled each time, in seconds.
+/// After a job the next one for the same image and node waits this long, in seconds, doubled for each that failed, and
+/// for each of the last hour whose image is gone again: a node that collects it must not be fed for ever.
 const FIRST_PAUSE: i64 = 60;
 const LAST_PAUSE: i64 = 3600;
-
-/// For so many seconds the API server's answer is waited for.
-const ANSWER_SECONDS: i64 = 15;
 
 /// After a refusal by the API server: a quota, an admission policy, its own absence.
 const FIRST_REFUSAL: Duration = Duration::from_secs(2);
 const LAST_REFUSAL: Duration = Duration::from_secs(60);
+
+/// Beyond what tote itself counts to.
+const MAX_COUNTER: u32 = 1_000_000;
 
 /// After so many seconds in which nobody asked a refusal is forgotten.
 const FORGET_SECONDS: i64 = 600;
@@ -30,6 +31,8 @@ const FORGET_SECONDS: i64 = 600;
 /// What came of asking for a job, by its name without the counter.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
+    /// The API server has yet to answer.
+    waiting: bool,
     /// Nobody asks again before this time.
     until: Timestamp,
     /// In a row.
@@ -48,11 +51,12 @@ impl State {
             }
             CreateAnswer::Taken(number) => {
                 let asked = self.asked.entry(base).or_default();
+                asked.waiting = false;
                 asked.taken = asked.taken.max(number);
-                asked.until = now;
             }
             CreateAnswer::Refused(message) => {
                 let asked = self.asked.entry(base).or_default();
+                asked.waiting = false;
                 asked.refusals = asked.refusals.saturating_add(1);
                 asked.refusal = Some(message);
                 let pause = delay(FIRST_REFUSAL, LAST_REFUSAL, asked.refusals, 0);
@@ -63,7 +67,7 @@ impl State {
     }
 
     pub(super) fn forget_asked(&mut self, now: Timestamp) {
-        self.asked.retain(|_, asked| after(asked.until, FORGET_SECONDS) > now);
+        self.asked.retain(|_, asked| asked.waiting || after(asked.until, FORGET_SECONDS) > now);
     }
 
     /// Asks for a job, unless it is too soon; tells whether it was asked for.
@@ -88,34 +92,41 @@ impl State {
             );
             entry.not_actionable(wait, "JobRefused", &note, &mut self.actions);
         }
+        if asked.is_some_and(|asked| asked.waiting) {
+            return false; // The answer always comes.
+        }
         if let Some(asked) = asked.filter(|asked| asked.until > now) {
             sooner(again, asked.until);
             return false;
         }
         let mut number = asked.map_or(0, |asked| asked.taken);
-        let mut failures = 0;
-        let mut failed = None;
+        let mut ends = 0;
+        let mut last = None;
         for job in self.jobs_for_any(reference, &pod.node) {
             let Some(n) = counter(&job.name, &base).filter(|_| job.namespace == pod.namespace) else {
                 continue;
             };
-            number = number.max(n);
-            if job.phase() == Phase::Failed {
-                failures += 1;
-                failed = failed.max(job.status.completion_time.as_ref().map(|at| at.0));
+            if n < MAX_COUNTER {
+                number = number.max(n); // Who wrote a higher one by hand is passed by.
+            }
+            let ended = job.status.completion_time.as_ref().map(|at| at.0);
+            if let Some(at) = ended.filter(|at| job.phase() == Phase::Failed || after(*at, LAST_PAUSE) > now)
+            {
+                ends += 1;
+                last = last.max(Some(at));
             }
         }
-        if let Some(failed) = failed {
-            let pause = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(10)).min(LAST_PAUSE);
-            if after(failed, pause) > now {
-                sooner(again, after(failed, pause));
+        if let Some(last) = last {
+            let pause = FIRST_PAUSE.saturating_mul(1 << (ends - 1).min(10)).min(LAST_PAUSE);
+            if after(last, pause) > now {
+                sooner(again, after(last, pause));
                 return false;
             }
         }
         let number = number.saturating_add(1);
-        let until = after(now, ANSWER_SECONDS);
-        self.asked.entry(base.clone()).or_default().until = until;
-        sooner(again, until);
+        let asked = self.asked.entry(base.clone()).or_default();
+        asked.waiting = true;
+        asked.until = now;
         self.actions.push(Action::CreateJob(NewJob {
             name: format!("{base}-{number}"),
             base,

@@ -2,18 +2,27 @@
 //! API server's. Decides nothing about transfers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kube::api::ObjectMeta;
 use tote_api::{Phase, SalvageJob, SalvageJobStatus, names};
 
 use super::jobs::cancel;
 use super::{About, Action, State, sooner};
-use crate::salvage::{Job, after, status};
+use crate::backoff::delay;
+use crate::salvage::{Job, Run, after, status};
 use crate::text;
 
 /// Between two writes of a job's progress, in seconds.
 const PROGRESS_SECONDS: i64 = 5;
+
+/// Between two writes that fail, or that somebody else writes over.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LAST_PAUSE: Duration = Duration::from_secs(60);
+
+/// For so many seconds nobody else must have written for it to be forgotten.
+const QUIET_SECONDS: i64 = 120;
 
 /// The bookkeeping of a job.
 #[derive(Default)]
@@ -26,8 +35,12 @@ pub(super) struct Book {
     writing: Option<Box<SalvageJobStatus>>,
     /// A status newer than `version` was when the write began, to be judged when that is answered.
     heard: Option<Box<SalvageJobStatus>>,
-    /// No write before this time: the last one failed.
+    /// No write before this time: the last one failed, or somebody else writes, too.
     write_after: Option<Timestamp>,
+    /// Writes in a row that failed or were written over.
+    troubles: u32,
+    /// When somebody else's status was last written over.
+    corrected: Option<Timestamp>,
     /// When progress may be written.
     pub(super) progress_after: Option<Timestamp>,
     /// No deletion before this time: one was asked for.
@@ -49,7 +62,7 @@ pub fn version(metadata: &ObjectMeta) -> u64 {
 impl Book {
     /// Takes in a status of the API server. Mostly an echo of what was written; but a write of the leader
     /// before this one may land late. Tells whether it was one.
-    fn hear(&mut self, version: u64, status: SalvageJobStatus) -> bool {
+    fn hear(&mut self, version: u64, status: SalvageJobStatus, now: Timestamp) -> bool {
         if version <= self.version {
             return false;
         }
@@ -58,30 +71,46 @@ impl Book {
             self.heard = Some(Box::new(status));
             return false;
         }
-        self.correct(status)
+        self.correct(status, now)
     }
 
-    fn correct(&mut self, status: SalvageJobStatus) -> bool {
+    /// Has what should be there written again; ever more rarely while somebody else goes on writing.
+    fn correct(&mut self, status: SalvageJobStatus, now: Timestamp) -> bool {
         let differs = gist(&status) != gist(&self.written);
         if differs {
-            self.written = status; // And what should be there is written again.
+            self.written = status;
+            if self.corrected.is_some_and(|last| after(last, QUIET_SECONDS) > now) {
+                self.pause(now);
+            } else {
+                self.troubles = 0;
+            }
+            self.corrected = Some(now);
         }
         differs
+    }
+
+    fn pause(&mut self, now: Timestamp) {
+        self.troubles = self.troubles.saturating_add(1);
+        let pause = SignedDuration::try_from(delay(FIRST_PAUSE, LAST_PAUSE, self.troubles, self.version));
+        self.write_after = now.checked_add(pause.unwrap_or(SignedDuration::from_secs(1))).ok();
     }
 
     fn answered(&mut self, version: Option<u64>, now: Timestamp) {
         match (self.writing.take(), version) {
             (Some(status), Some(version)) => {
                 self.written = *status;
+                if self.corrected.is_none_or(|last| after(last, QUIET_SECONDS) <= now) {
+                    self.troubles = 0;
+                }
                 if version >= self.version {
                     self.version = version;
                     self.heard = None;
                 }
             }
-            _ => self.write_after = Some(after(now, 1)),
+            _ => self.pause(now),
         }
         if let Some(heard) = self.heard.take() {
-            self.correct(*heard);
+            self.correct(*heard, now);
         }
     }
 }
@@ -94,7 +123,7 @@ fn gist(status: &SalvageJobStatus) -> (Option<Phase>, i32, Option<&str>, Option<
 
 impl State {
     /// Takes in a job as the watch gives it (`watched`), or as an answer to a call did.
-    pub(super) fn apply_job(&mut self, object: SalvageJob, watched: bool) -> bool {
+    pub(super) fn apply_job(&mut self, object: SalvageJob, watched: bool, now: Timestamp) -> bool {
         let metadata = object.metadata;
         let version = version(&metadata);
         let (Some(namespace), Some(name), Some(uid)) = (metadata.namespace, metadata.name, metadata.uid)
@@ -104,10 +133,24 @@ impl State {
         let uid: Arc<str> = uid.into();
         let generation = metadata.generation.unwrap_or(0);
         let terminating = metadata.deletion_timestamp.is_some();
+        let automatic = metadata
+            .labels
+            .is_some_and(|labels| labels.get(names::MANAGED_BY).is_some_and(|v| v == names::MANAGER));
         if let Some((job, book)) = self.jobs.get_mut(&uid) {
             // An answer and the watch may come in either order; most events echo a status.
             book.watched |= watched;
-            let corrected = book.hear(version, object.status.unwrap_or_default());
+            let status = object.status.unwrap_or_default();
+            let is_final = status.phase.is_some_and(Phase::is_final);
+            let corrected = book.hear(version, status, now);
+            if corrected && is_final && !job.phase().is_final() {
+                // The leader before this one saw the end of it.
+                job.status = book.written.clone();
+                book.told = Some((job.phase(), job.reason().to_owned()));
+                if matches!(std::mem::take(&mut job.run), Run::Running { .. }) {
+                    self.actions.push(Action::Detach { uid: uid.clone() });
+                }
+            }
+            job.automatic = automatic;
             let news = corrected || generation > job.generation || (terminating && !job.terminating);
             if generation > job.generation {
                 job.generation = generation;
@@ -121,9 +164,7 @@ impl State {
         let mut job = Job::new(&namespace, &name, &uid, created, object.spec, object.status);
         job.generation = generation;
         job.terminating = terminating;
-        job.automatic = metadata
-            .labels
-            .is_some_and(|labels| labels.get(names::MANAGED_BY).is_some_and(|v| v == names::MANAGER));
+        job.automatic = automatic;
         if let Ok(wanted) = &job.wanted {
             let key = (job.spec.node_name.clone(), wanted.reference.clone());
             self.by_image.entry(key).or_default().insert(uid.clone());

@@ -102,15 +102,10 @@ impl State {
         let mut running: Vec<Assignment> = Vec::new();
         let uids: Vec<Arc<str>> = self.jobs.keys().cloned().collect();
         for uid in &uids {
-            let demand = self.step(uid, now, again);
-            demands.extend(demand);
-            let Some((job, _)) = self.jobs.get(uid) else { continue };
-            if let Run::Running { digest, sources, .. } = &job.run {
-                running.push(Assignment {
-                    digest: digest.clone(),
-                    node: job.spec.node_name.as_str().into(),
-                    sources: sources.clone(),
-                });
+            if let Some(demand) = self.step(uid, now, again) {
+                demands.push(demand);
+            } else {
+                running.extend(self.assignment(uid, now));
             }
         }
         let turns = schedule(&demands, &running, self.policy.limits);
@@ -131,6 +126,21 @@ impl State {
         }
     }
 
+    /// The slot that a job holds: also one whose agent may be at it although this controller is not attached, because
+    /// its stream has just broken, or because this controller or the agent's session is new.
+    fn assignment(&self, uid: &str, now: Timestamp) -> Option<Assignment> {
+        let (job, _) = self.jobs.get(uid)?;
+        let (digest, sources) = match &job.run {
+            Run::Running { digest, sources, .. } => (digest.clone(), sources.clone()),
+            Run::BackOff { .. } if job.has_begun() => (job.digest()?, vec![]),
+            Run::Idle if job.has_begun() && self.world.unsettled_until(now).is_some() => {
+                (job.digest()?, vec![])
+            }
+            Run::Idle | Run::BackOff { .. } => return None,
+        };
+        Some(Assignment { digest, node: job.spec.node_name.as_str().into(), sources })
+    }
+
     /// One step of one job; a demand if it wants a slot.
     fn step(&mut self, uid: &Arc<str>, now: Timestamp, again: &mut Option<Timestamp>) -> Option<Demand> {
         let (job, book) = self.jobs.get_mut(uid)?;
@@ -145,7 +155,7 @@ impl State {
             sooner(again, at);
         }
         match plan.step {
-            Step::Rest | Step::Keep => {}
+            Step::Rest | Step::Keep => status::observe(job),
             Step::BackOff => {
                 if let Run::BackOff { message, .. } = &job.run {
                     let message = message.clone();
@@ -170,6 +180,7 @@ impl State {
                     digest,
                     node: job.spec.node_name.as_str().into(),
                     sources,
+                    begun: job.has_begun(),
                     priority: job.spec.priority.unwrap_or(0),
                     since: job.created,
                 });

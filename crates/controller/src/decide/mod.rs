@@ -118,8 +118,8 @@ impl State {
                 self.world.forget_gone_nodes();
                 return was;
             }
-            Event::Job(job) => return self.apply_job(*job, true),
-            Event::JobAnswered(job) => return self.apply_job(*job, false),
+            Event::Job(job) => return self.apply_job(*job, true, now),
+            Event::JobAnswered(job) => return self.apply_job(*job, false, now),
             Event::JobGone { uid } => self.job_gone(&uid),
             Event::Listed(kind, seen) => self.listed(kind, &seen),
             Event::Fleet(event) => self.world.apply_fleet(event, now),

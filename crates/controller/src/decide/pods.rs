@@ -133,6 +133,13 @@ impl State {
             self.wake(entry, wait, reference, &digest, now, again);
             return;
         }
+        if !self.world.fleet.is_up(&node) && self.world.may_hold(&node, reference, now) {
+            // Its agent is away for a moment: whether the image is there is not known.
+            if let Some(at) = self.world.unsettled_until(now) {
+                sooner(again, at);
+            }
+            return;
+        }
         entry.wakes.remove(image);
         if reference.digest().is_none()
             && let Some(at) = self.world.unsettled_until(now)

@@ -135,6 +135,11 @@ impl Job {
         !self.phase().is_final() && !self.terminating
     }
 
+    /// Whether an attempt was begun that is not known to have ended.
+    pub fn has_begun(&self) -> bool {
+        self.is_open() && self.status.attempts > 0 && !self.fresh
+    }
+
     /// The reason of condition Imported.
     pub fn reason(&self) -> &str {
         self.status

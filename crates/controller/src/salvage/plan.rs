@@ -85,10 +85,9 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
     if job.phase().is_final() {
         return expire(job, now, again);
     }
-    if let Some(step) = forbidden(job, world) {
-        return step;
-    }
-    if let Some(step) = overdue(job, now, again) {
+    // What stops the clocks comes before them, a namespace's refusal after.
+    if let Some(step) = held(job, world).or_else(|| overdue(job, now, again)).or_else(|| refused(job, world))
+    {
         return step;
     }
     let wanted = match &job.wanted {
@@ -157,30 +156,32 @@ fn expire(job: &Job, now: Timestamp, again: &mut Option<Timestamp>) -> Step {
     Step::Rest
 }
 
-/// What must not move, whatever else is true.
-fn forbidden(job: &Job, world: &World) -> Option<Step> {
-    let namespace = &job.namespace;
+/// Held by a switch, for as long as it is.
+fn held(job: &Job, world: &World) -> Option<Step> {
     let (reason, message) = if !world.enabled {
-        ("Disabled", "salvage is switched off: config.enabled is false in the chart's values".to_owned())
+        ("Disabled", "salvage is switched off: config.enabled is false in the chart's values")
     } else if job.spec.suspend == Some(true) {
-        ("Suspended", "spec.suspend is true".to_owned())
+        ("Suspended", "spec.suspend is true")
     } else {
-        match world.consent(namespace) {
-            Consent::Given => return None,
-            Consent::Denied => {
-                ("NamespaceDenied", format!("nothing is ever salvaged in namespace {namespace}"))
-            }
-            Consent::NotGiven => (
-                "NamespaceNotAllowed",
-                format!(
-                    "namespace {namespace} is not opted in: kubectl annotate namespace {namespace} {}=true",
-                    tote_api::names::ALLOW
-                ),
+        return None;
+    };
+    Some(Step::Wait { reason, message: message.to_owned(), cancel: true })
+}
+
+/// Not allowed in its namespace.
+fn refused(job: &Job, world: &World) -> Option<Step> {
+    let namespace = &job.namespace;
+    let (reason, message) = match world.consent(namespace) {
+        Consent::Given => return None,
+        Consent::Denied => ("NamespaceDenied", format!("nothing is ever salvaged in namespace {namespace}")),
+        Consent::NotGiven => (
+            "NamespaceNotAllowed",
+            format!(
+                "namespace {namespace} is not opted in: kubectl annotate namespace {namespace} {}=true",
+                tote_api::names::ALLOW
             ),
-            Consent::Terminating => {
-                ("NamespaceTerminating", format!("namespace {namespace} is being deleted"))
-            }
-        }
+        ),
+        Consent::Terminating => ("NamespaceTerminating", format!("namespace {namespace} is being deleted")),
     };
     Some(Step::Wait { reason, message, cancel: true })
 }

@@ -33,6 +33,8 @@ pub struct Demand {
     pub node: NodeName,
     /// Where it is to be had; empty if nothing needs to be moved.
     pub sources: Vec<Source>,
+    /// Whether the target's agent may be at it already: it goes first, whatever its priority.
+    pub begun: bool,
     /// Higher goes first.
     pub priority: i32,
     /// Of equal priority, older goes first.
@@ -59,7 +61,7 @@ pub enum Turn {
     Queued(&'static str),
 }
 
-/// Hands out the free slots: by priority, then age. One digest goes to one node in one transfer at a time; who
+/// Hands out the free slots: to what has begun, then by priority, then age. One digest goes to one node in one transfer at a time; who
 /// else wants it there goes after, and then finds it.
 pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> Vec<Turn> {
     let mut total = running.len();
@@ -76,7 +78,9 @@ pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> V
     let mut order: Vec<usize> = (0..demands.len()).collect();
     order.sort_by(|&a, &b| {
         let (a, b) = (&demands[a], &demands[b]);
-        b.priority.cmp(&a.priority).then_with(|| (a.since, &a.origin).cmp(&(b.since, &b.origin)))
+        (b.begun, b.priority)
+            .cmp(&(a.begun, a.priority))
+            .then_with(|| (a.since, &a.origin).cmp(&(b.since, &b.origin)))
     });
     let mut turns = vec![Turn::Queued("a free slot"); demands.len()];
     for index in order {
@@ -128,6 +132,7 @@ mod tests {
             digest: Digest::sha256(&[digest]),
             node: node.into(),
             sources: sources.iter().map(|s| source(s)).collect(),
+            begun: false,
             priority: 0,
             since: Timestamp::UNIX_EPOCH,
         }
@@ -145,6 +150,8 @@ mod tests {
         demands[0].since = Timestamp::from_second(9).unwrap();
         demands[3].priority = 1;
         assert_eq!(started(&schedule(&demands, &[], limits)), [false, true, false, true]);
+        demands[0].begun = true;
+        assert_eq!(started(&schedule(&demands, &[], limits)), [true, false, false, true]);
         assert_eq!(started(&schedule(&[], &[], limits)), Vec::<bool>::new());
     }
 

@@ -51,7 +51,7 @@ fn set(status: &mut SalvageJobStatus, type_: &str, value: &str, reason: &str, me
 /// Puts the job into `phase` for `reason`.
 pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Timestamp) {
     let before = job.status.phase;
-    let suspended = reason == "Suspended";
+    let suspended = matches!(reason, "Suspended" | "Disabled");
     let status = &mut job.status;
     status.observed_generation = Some(job.generation);
     if phase == Phase::Pending && !suspended {
@@ -92,6 +92,17 @@ pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Time
     set(status, condition::READY, imported, reason, message, now);
     set(status, condition::RECONCILING, reconciling, reason, message, now);
     set(status, condition::STALLED, stalled, reason, message, now);
+}
+
+/// Notes that the spec was seen as it is now, where nothing else changes: what watches (kstatus) waits for it.
+pub fn observe(job: &mut Job) {
+    let status = &mut job.status;
+    if !status.conditions.is_empty() && status.observed_generation != Some(job.generation) {
+        status.observed_generation = Some(job.generation);
+        for condition in &mut status.conditions {
+            condition.observed_generation = Some(job.generation);
+        }
+    }
 }
 
 /// Takes in how far the transfer is.

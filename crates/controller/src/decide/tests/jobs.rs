@@ -238,3 +238,63 @@ fn conditions_read_as_kstatus_wants_them() {
     assert_eq!(status.conditions[0].last_transition_time, since, "nothing changed there");
     assert_eq!(status.conditions[1].last_transition_time.0, bench.now);
 }
+
+/// A job as it is after an edit.
+fn edited(uid: &str, name: &str, generation: i64, spec: &serde_json::Value) -> Event {
+    let job: SalvageJob = serde_json::from_value(json!({
+        "apiVersion": "tote.dev/v1alpha1", "kind": "SalvageJob",
+        "metadata": {"namespace": "shop", "name": name, "uid": uid, "generation": generation},
+        "spec": spec
+    }))
+    .unwrap();
+    Event::Job(Box::new(job))
+}
+
+#[test]
+fn an_edit_of_a_finished_job_is_observed() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    let uid = bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    bench.decide();
+    bench.transfer(&uid, done());
+    bench.decide();
+    let spec = json!({"image": "r.test/x:1", "nodeName": "b", "ttlSecondsAfterFinished": 9999});
+    bench.on(edited(&uid, "j", 2, &spec));
+    let written = bench.decide().into_iter().find_map(|action| match action {
+        Action::WriteStatus { status, .. } => Some((status.observed_generation, status.phase)),
+        _ => None,
+    });
+    assert_eq!(written, Some((Some(2), Some(Phase::Imported))));
+}
+
+#[test]
+fn who_waits_for_an_opt_in_waits_by_the_deadline_and_a_switch_stops_the_clocks() {
+    let spec = json!({"image": "r.test/x:1", "nodeName": "b", "pendingDeadlineSeconds": 60});
+    let mut bench = Bench::new();
+    bench.on(Event::Namespace { name: "shop".into(), consent: Some(Consent::NotGiven) });
+    let uid = bench.job("j", spec.clone(), false);
+    bench.decide();
+    bench.pass(61);
+    assert_eq!(bench.reason(&uid), (Phase::Failed, "PendingDeadlineExceeded".into()));
+    assert!(bench.message(&uid).contains("tote.dev/allow"), "{}", bench.message(&uid));
+
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.state.world.enabled = false;
+    let uid = bench.job("j", spec, false);
+    bench.decide();
+    bench.pass(1000);
+    assert_eq!(bench.reason(&uid).1, "Disabled");
+    bench.state.world.enabled = true;
+    assert_eq!(imports(&bench.decide()).len(), 1);
+}
+
+#[test]
+fn a_job_that_somebody_takes_over_is_not_deleted() {
+    let mut bench = Bench::new();
+    let spec = json!({"image": "r.test/x:1", "nodeName": "b"});
+    let uid = bench.job("j", spec.clone(), true);
+    bench.decide();
+    bench.on(edited(&uid, "j", 1, &spec));
+    assert!(!deleted(&bench.pass(11)) && !deleted(&bench.pass(60)), "its label is gone");
+}

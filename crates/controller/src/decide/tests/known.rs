@@ -229,3 +229,112 @@ fn a_leader_does_not_take_a_tag_for_agreed_while_an_agent_is_between_two_pods() 
     let actions = bench.decide();
     assert_eq!((created(&actions).len(), told(&actions, names::event::IMAGE_NOT_ACTIONABLE).len()), (0, 1));
 }
+
+#[test]
+fn a_leader_that_starts_leaves_the_slots_to_what_runs() {
+    let mut bench = Bench::cold(true);
+    bench.state.policy.limits.fleet = 1;
+    bench.on(Event::Job(begun("Transferring", 1)));
+    bench.job("queued", json!({"image": "r.test/y:1", "digest": digest(2).as_str(), "nodeName": "c"}), false);
+    for kind in Kind::ALL {
+        bench.on(Event::Listed(kind, ["shop", "a", "b", "c", "u", "job-1"].map(Arc::from).into()));
+    }
+    bench.on(Event::Fleet(FleetEvent::Expected(["a".into(), "b".into(), "c".into()].into())));
+    bench.up("a", vec![image(1, &["r.test/x:1"], true), image(2, &["r.test/y:1"], true)]);
+    bench.up("c", vec![]);
+    assert_eq!(imports(&bench.decide()), [], "b's agent is at it, and has not answered yet");
+    bench.up("b", vec![]);
+    assert_eq!(imports(&bench.decide())[0].0, "b");
+    assert_eq!(bench.reason("job-1").1, "Queued");
+}
+
+#[test]
+fn a_stream_that_breaks_keeps_its_slot() {
+    let mut bench = Bench::new();
+    bench.state.policy.limits.fleet = 1;
+    bench.up("a", vec![image(1, &["r.test/x:1"], true), image(2, &["r.test/y:1"], true)]);
+    let uid = bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    assert_eq!(imports(&bench.decide()).len(), 1);
+    bench.job("k", json!({"image": "r.test/y:1", "nodeName": "c", "priority": 9}), false);
+    bench.transfer(&uid, TransferEvent::Lost { message: "broken".into() });
+    assert_eq!(imports(&bench.decide()), []);
+    assert_eq!(imports(&bench.pass(2))[0].0, "b");
+}
+
+#[test]
+fn the_end_that_an_earlier_leader_saw_is_the_end() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.on(Event::Job(begun("Transferring", 1)));
+    bench.version = 1;
+    assert_eq!(imports(&bench.decide()).len(), 1);
+    let version = bench.version + 1;
+    bench.on(Event::Job(begun("Imported", version)));
+    let actions = bench.decide();
+    assert!(matches!(&actions[..], [Action::Detach { .. }]), "{actions:?}");
+    assert_eq!(bench.reason("u").0, Phase::Imported);
+}
+
+#[test]
+fn somebody_who_goes_on_writing_status_is_not_raced_with() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.on(Event::Job(begun("Transferring", 1)));
+    bench.version = 1;
+    bench.decide();
+    let mut writes = 0;
+    for _ in 0..300 {
+        bench.version += 1;
+        bench.on(Event::Job(begun("Pending", bench.version)));
+        let actions = bench.pass(1);
+        writes += actions.iter().filter(|action| matches!(action, Action::WriteStatus { .. })).count();
+    }
+    assert!((3..=14).contains(&writes), "{writes} writes in 300 s");
+}
+
+#[test]
+fn a_status_that_cannot_be_written_is_tried_ever_more_rarely() {
+    let mut bench = Bench::new();
+    bench.job("j", json!({"image": "r.test/x:1", "nodeName": "nowhere"}), false);
+    let mut tries = 0;
+    for _ in 0..300 {
+        for action in bench.state.decide(bench.now).actions {
+            if let Action::WriteStatus { uid, .. } = action {
+                tries += 1;
+                bench.on(Event::StatusWritten { uid, version: None });
+            }
+        }
+        bench.now = after(bench.now, 1);
+    }
+    assert!((7..=12).contains(&tries), "{tries} tries in 300 s");
+}
+
+#[test]
+fn an_image_on_a_node_whose_agent_is_replaced_is_not_salvaged_again() {
+    let mut bench = Bench::new();
+    for node in ["a", "b"] {
+        bench.up(node, vec![image(1, &["r.test/x:1"], true)]);
+    }
+    bench.waits("p", "b", "r.test/x:1");
+    assert_eq!(woken(&bench.decide()).len(), 1);
+    bench.on(Event::Fleet(FleetEvent::Down { node: "b".into() }));
+    bench.on(Event::Fleet(FleetEvent::Expected(["a".into(), "c".into()].into())));
+    assert_eq!(created(&bench.pass(60)), Vec::<String>::new());
+    bench.up("b", vec![]);
+    assert_eq!(created(&bench.decide()).len(), 1, "it is not there any more");
+}
+
+#[test]
+fn a_fleet_that_may_not_be_looked_at_is_said_to_have_nothing() {
+    let mut bench = Bench::cold(true);
+    for kind in Kind::ALL {
+        bench.on(Event::Listed(kind, ["shop", "a", "b", "c"].map(Arc::from).into()));
+    }
+    bench.waits("p", "b", "r.test/x:1");
+    let uid = bench.job("j", json!({"image": "r.test/y:1", "nodeName": "b"}), false);
+    let actions = bench.decide();
+    assert!(told(&actions, names::event::IMAGE_NOT_ACTIONABLE).is_empty(), "{actions:?}");
+    assert_eq!(bench.reason(&uid).1, "", "nothing is said yet");
+    assert_eq!(told(&bench.pass(11), names::event::IMAGE_NOT_ACTIONABLE).len(), 1);
+    assert_eq!(bench.reason(&uid).1, "TargetUnavailable");
+}

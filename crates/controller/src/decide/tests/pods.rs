@@ -202,6 +202,11 @@ fn a_pending_job_of_detection_goes_with_its_pods() {
     bench.on(Event::Fleet(FleetEvent::Down { node: "b".into() }));
     bench.waits("p", "b", &format!("r.test/x@{}", digest(1)));
     bench.decide();
+    assert!(
+        bench.state.jobs.is_empty(),
+        "its agent may come back in a moment, and say that the image is there"
+    );
+    bench.pass(11);
     assert_eq!(bench.reason("job-1"), (Phase::Pending, "TargetUnavailable".into()));
     assert!(!deleted(&bench.pass(100)));
     bench.on(Event::Pod { uid: "uid-p".into(), waiting: None });
@@ -265,4 +270,45 @@ fn a_refusal_is_told_and_asked_about_ever_more_rarely() {
     assert!((7..=11).contains(&times.len()), "{times:?}");
     assert_eq!(notes.len(), 1);
     assert!(notes[0].contains("exceeded quota: jobs") && notes[0].contains("namespace shop"), "{notes:?}");
+}
+
+#[test]
+fn an_answer_is_waited_for_and_a_counter_beyond_all_bounds_is_passed_by() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.waits("p", "b", "r.test/x:1");
+    let first = asked(&mut bench).unwrap();
+    bench.now = after(bench.now, 1000);
+    assert_eq!(asked(&mut bench), None, "one call at a time, however long it takes");
+    bench.job(
+        &format!("{}-{}", first.base, u32::MAX),
+        json!({"image": "r.test/x:1", "nodeName": "b"}),
+        false,
+    );
+    let uid = "job-1";
+    bench.on(Event::Created { base: first.base.clone(), answer: CreateAnswer::Refused("no".into()) });
+    bench.decide();
+    bench.transfer(uid, failed(false));
+    bench.decide();
+    bench.now = after(bench.now, 100);
+    assert_eq!(asked(&mut bench).unwrap().name, first.name);
+}
+
+#[test]
+fn an_image_that_its_node_collects_again_is_not_brought_again_and_again() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.waits("p", "b", "r.test/x:1");
+    let mut times = Vec::new();
+    let mut jobs = 0;
+    for second in 0..3000 {
+        let made = created(&bench.decide()).len();
+        if made > 0 {
+            jobs += made;
+            times.push(second);
+            bench.transfer(&format!("job-{jobs}"), done());
+        }
+        bench.now = after(bench.now, 1);
+    }
+    assert_eq!(times.len(), 6, "{times:?}");
 }
