@@ -65,7 +65,8 @@ pub fn remove_whole(node: &Node, image: &Image) -> Result<()> {
 }
 
 /// Asserts that nothing of the image is on the node once garbage is collected: no record, no blob, no snapshot. A
-/// container that kubelet has yet to remove holds its snapshot for a moment.
+/// dead container holds its snapshot until kubelet removes it: at once, or when it next looks for such containers, once
+/// a minute (`ContainerGCPeriod` in `kubernetes/pkg/kubelet/kubelet.go`).
 pub fn assert_gone(node: &Node, image: &Image) -> Result<()> {
     let names = records(node, image.digest())?;
     ensure!(names.is_empty(), "on {} these records stand: {}", node.name(), names.join(", "));
@@ -74,7 +75,7 @@ pub fn assert_gone(node: &Node, image: &Image) -> Result<()> {
         image.host()?.diff_ids.iter().map(|id| id.parse()).collect::<Result<_, _>>()?;
     let chains = chain_ids(&diff_ids);
     let mut left = Vec::new();
-    let gone = host::wait_until("blobs and snapshots to go", Duration::from_secs(60), || {
+    let gone = host::wait_until("blobs and snapshots to go", Duration::from_secs(150), || {
         collect_garbage(node)?;
         let snapshots = node.ctr(&["snapshots", "list"])?;
         left = present(node, &blobs)?;

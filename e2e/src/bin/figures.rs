@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::block_in_place;
 use tote_e2e::cluster::{Cluster, Options};
 use tote_e2e::images::{Layout, tiny};
@@ -37,11 +38,14 @@ struct Arguments {
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
     Cluster::down(CLUSTER)?;
-    let measuring = tokio::spawn(measure(arguments));
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut measuring = tokio::spawn(measure(arguments));
     let outcome = tokio::select! {
-        outcome = measuring => outcome.map_err(anyhow::Error::from).and_then(|outcome| outcome),
+        outcome = &mut measuring => outcome.map_err(anyhow::Error::from).and_then(|outcome| outcome),
         _ = tokio::signal::ctrl_c() => Err(anyhow!("interrupted")),
+        _ = terminate.recv() => Err(anyhow!("told to end")),
     };
+    measuring.abort();
     Cluster::down(CLUSTER)?;
     outcome
 }
