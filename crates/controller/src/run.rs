@@ -38,7 +38,11 @@ pub struct Settings {
     pub agent_port: u16,
 }
 
-/// Leads for a term until dropped, or until a watch ends, which none does by itself.
+/// How far back the clock may be set without notice.
+const STEP: Duration = Duration::from_secs(10);
+
+/// Leads for a term until dropped, until the clock is set back (what was noted for a time then lies in a future that may
+/// be far: it is best begun anew), or until a watch ends, which none does by itself.
 pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<Health>) {
     let term = v1::Term { lease_uid: term.lease_uid, lease_transitions: term.transitions };
     let (events, mut incoming) = mpsc::channel(QUEUE);
@@ -60,6 +64,7 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     let mut performer = Performer::new(client, &settings.me, agents, term, events, health.clone());
     let mut state = State::new(settings.policy);
     let mut again = None;
+    let mut clock = Clock { wall: Timestamp::now(), steady: Instant::now() };
     let mut batch = Vec::with_capacity(BATCH);
     loop {
         let alarm = async {
@@ -90,6 +95,10 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
         }
         let began = Instant::now();
         let now = Timestamp::now();
+        if clock.is_set_back(now, began) {
+            tracing::warn!(%now, "the clock was set back: beginning anew");
+            return;
+        }
         for event in batch.drain(..) {
             due |= state.apply(event, now);
         }
@@ -108,8 +117,43 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     }
 }
 
+/// The wall clock, held against one that cannot be set.
+struct Clock {
+    wall: Timestamp,
+    steady: Instant,
+}
+
+impl Clock {
+    /// Whether the wall clock was set back by more than a moment since the last call.
+    fn is_set_back(&mut self, wall: Timestamp, steady: Instant) -> bool {
+        let expected = self.wall.checked_add(steady.duration_since(self.steady)).unwrap_or(self.wall);
+        *self = Self { wall, steady };
+        wall.checked_add(STEP).unwrap_or(Timestamp::MAX) < expected
+    }
+}
+
 /// How long until a time, at least a moment so that a clock that lags cannot make a busy loop.
 fn until(at: Timestamp) -> Duration {
     let left = at.duration_since(Timestamp::now());
     Duration::try_from(left).unwrap_or_default().max(Duration::from_millis(5))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_goes_back_is_noticed_and_one_that_is_slewed_is_not() {
+        let (wall, steady) = (Timestamp::from_second(1_800_000_000).unwrap(), Instant::now());
+        let mut clock = Clock { wall, steady };
+        let mut at = |wall_seconds: i64, steady_seconds: u64| {
+            let wall = wall + jiff::SignedDuration::from_secs(wall_seconds);
+            clock.is_set_back(wall, steady + Duration::from_secs(steady_seconds))
+        };
+        assert!(!at(60, 60), "they go together");
+        assert!(!at(115, 120), "a few seconds are no matter");
+        assert!(!at(4000, 180), "forward neither: all that was waited for is due");
+        assert!(at(500, 240));
+        assert!(!at(560, 300), "once");
+    }
 }

@@ -275,6 +275,13 @@ async fn a_failure_keeps_its_cause() {
 }
 
 #[tokio::test]
+async fn a_transfer_that_was_cancelled_is_no_failed_attempt() {
+    let failed = v1::Failed { cause: v1::Cause::Cancelled.into(), message: "ended".into(), retryable: true };
+    let all = follow(Ok(vec![import_event::Event::Failed(failed)])).await;
+    assert!(matches!(&all[..], [TransferEvent::Lost { message }] if message == "ended"), "{all:?}");
+}
+
+#[tokio::test]
 async fn what_breaks_is_lost_and_what_is_refused_has_failed() {
     for (import, lost) in [
         (Ok(vec![]), true),

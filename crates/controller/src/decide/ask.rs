@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use tote_api::Phase;
 use tote_image::{Digest, Reference};
 
-use super::pods::PodEntry;
+use super::entry::PodEntry;
 use super::{Action, Count, CreateAnswer, NewJob, State, sooner};
 use crate::backoff::delay;
 use crate::detect::Wait;

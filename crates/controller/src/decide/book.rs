@@ -9,7 +9,7 @@ use kube::api::ObjectMeta;
 use tote_api::{Phase, SalvageJob, SalvageJobStatus, names};
 
 use super::jobs::cancel;
-use super::{About, Action, State, sooner};
+use super::{About, Action, Kind, State, sooner};
 use crate::backoff::delay;
 use crate::salvage::{Job, Run, after, status};
 use crate::text;
@@ -49,6 +49,9 @@ pub(super) struct Book {
     pub(super) unwanted: Option<Timestamp>,
     /// Phase and reason of the last event about it.
     told: Option<(Phase, String)>,
+    /// Whether it was there when this controller began: the one before may have begun its transfer and not come to
+    /// write that.
+    pub(super) inherited: bool,
     /// Whether the watch has told of it: a list that was under way when it was made does not hold it.
     pub(super) watched: bool,
 }
@@ -170,7 +173,8 @@ impl State {
             self.by_image.entry(key).or_default().insert(uid.clone());
         }
         let told = (!job.status.conditions.is_empty()).then(|| (job.phase(), job.reason().to_owned()));
-        let book = Book { written, version, told, watched, ..Book::default() };
+        let inherited = !self.synced.contains(&Kind::Jobs);
+        let book = Book { written, version, told, inherited, watched, ..Book::default() };
         self.jobs.insert(uid, (job, book));
         true
     }

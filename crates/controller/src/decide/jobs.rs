@@ -164,7 +164,9 @@ impl State {
             }
             Step::Wait { reason, message, cancel: end } => {
                 // Also one that another leader started, and that this one is not attached to.
-                if end && !(matches!(job.run, Run::Idle) && job.fresh) {
+                let may_run = !(matches!(job.run, Run::Idle) && job.fresh) || book.inherited;
+                if end && may_run {
+                    book.inherited = false;
                     self.actions.push(cancel(job));
                     job.fresh = true;
                 } else if matches!(job.run, Run::Running { .. }) {
@@ -213,6 +215,7 @@ impl State {
             job.fresh = false;
             self.actions.push(Action::Count(Count::Attempt));
         }
+        book.inherited = false;
         if job.status.start_time.is_none() {
             book.progress_after = Some(after(now, FIRST_PROGRESS_SECONDS));
         }

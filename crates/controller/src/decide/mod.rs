@@ -6,6 +6,7 @@
 mod action;
 mod ask;
 mod book;
+mod entry;
 mod event;
 mod jobs;
 mod pods;
@@ -29,7 +30,7 @@ use crate::salvage::{Job, Limits};
 use crate::world::World;
 use ask::Asked;
 use book::Book;
-use pods::PodEntry;
+use entry::PodEntry;
 
 /// What the operator's flags set.
 #[derive(Clone, Copy, Debug)]

@@ -1,17 +1,13 @@
 //! What to do about pods that wait for an image: have a job made (`ask`), wake them (`wake`), or say why neither
 //! helps.
 
-use std::collections::{HashMap, HashSet};
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::sync::Arc;
-
 use jiff::Timestamp;
 use tote_api::{Phase, names};
 use tote_image::{Digest, Reference};
 
-use super::wake::Wake;
-use super::{About, Action, Count, State, sooner};
-use crate::detect::{Consent, Wait, WaitingPod};
+use super::entry::PodEntry;
+use super::{Action, Count, State, sooner};
+use crate::detect::{Consent, Wait};
 use crate::fleet::NodeName;
 use crate::resolve::{Missing, Resolution, resolve};
 use crate::salvage::{Job, Run, after, status};
@@ -19,66 +15,6 @@ use crate::text;
 
 /// For how many seconds a job's word for its image is taken before the inventory must confirm it.
 const TRUST_SECONDS: i64 = 30;
-
-/// A pod that waits, and what was done about it.
-pub(super) struct PodEntry {
-    pub(super) pod: WaitingPod,
-    told: HashSet<(String, &'static str)>,
-    counted: HashSet<Arc<str>>,
-    pub(super) wakes: HashMap<Arc<str>, Wake>,
-    /// Spreads what is done for many pods.
-    pub(super) seed: u64,
-}
-
-impl PodEntry {
-    pub(super) fn new(pod: WaitingPod) -> Self {
-        let mut hasher = DefaultHasher::new();
-        pod.uid.hash(&mut hasher);
-        let seed = hasher.finish();
-        Self { pod, told: HashSet::new(), counted: HashSet::new(), wakes: HashMap::new(), seed }
-    }
-
-    fn about(&self, field_path: &str) -> About {
-        About {
-            kind: "Pod",
-            namespace: self.pod.namespace.clone(),
-            name: self.pod.name.clone(),
-            uid: self.pod.uid.clone(),
-            field_path: field_path.to_owned(),
-        }
-    }
-
-    /// An event about a container, once for each cause.
-    pub(super) fn tell(
-        &mut self,
-        wait: &Wait,
-        warning: bool,
-        reason: &'static str,
-        cause: &'static str,
-        note: &str,
-    ) -> Option<Action> {
-        self.told.insert((wait.field_path.clone(), cause)).then(|| Action::Tell {
-            about: self.about(&wait.field_path),
-            warning,
-            reason: reason.to_owned(),
-            action: cause,
-            note: text::bounded(note, text::MAX_NOTE),
-        })
-    }
-
-    pub(super) fn not_actionable(
-        &mut self,
-        wait: &Wait,
-        cause: &'static str,
-        note: &str,
-        actions: &mut Vec<Action>,
-    ) {
-        if let Some(tell) = self.tell(wait, true, names::event::IMAGE_NOT_ACTIONABLE, cause, note) {
-            actions.push(tell);
-            actions.push(Action::Count(Count::NotActionable));
-        }
-    }
-}
 
 impl State {
     pub(super) fn decide_pods(&mut self, now: Timestamp, again: &mut Option<Timestamp>) {

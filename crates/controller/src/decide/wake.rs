@@ -1,14 +1,13 @@
 //! Waking pods whose image is on their node, until none waits.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use tote_api::{Phase, names};
 use tote_image::{Digest, Reference};
 
-use super::pods::PodEntry;
+use super::entry::{PodEntry, Wake};
 use super::{Action, Count, State, sooner};
 use crate::backoff::delay;
 use crate::detect::{Wait, WaitingPod};
@@ -25,27 +24,6 @@ const RARE_WAKE: Duration = Duration::from_secs(60);
 
 /// After so many wakes (some 7 s) the pod's event says what kubelet is waiting for.
 const WAKES_BEFORE_CAUSE: u32 = 4;
-
-/// The wakes of a pod for one image.
-pub(super) struct Wake {
-    /// The job that brought the image, if one did: another job starts the count again.
-    job: Option<Arc<str>>,
-    count: u32,
-    next: Timestamp,
-}
-
-impl PodEntry {
-    /// Wakes at the next decision, if it waits for one of these images.
-    pub(super) fn hasten(&mut self, images: &[Reference]) {
-        for wait in &self.pod.waits {
-            if wait.reference.as_ref().is_ok_and(|reference| images.contains(reference))
-                && let Some(wake) = self.wakes.get_mut(&wait.image)
-            {
-                wake.next = Timestamp::UNIX_EPOCH;
-            }
-        }
-    }
-}
 
 /// Images of which another pull has just failed. While a pull of a name is under way or queued, kubelet lets no
 /// pod take the image from the node: the moment at which one has failed may be the one at which none is.

@@ -157,6 +157,16 @@ fn a_controller_that_starts_anew_and_switched_off_ends_what_runs() {
     assert_eq!((cancels(&actions), imports(&actions).len()), (1, 0), "{actions:?}");
     assert_eq!(bench.reason("u"), (Phase::Pending, "Disabled".into()));
     assert_eq!(cancels(&bench.pass(60)), 0, "once");
+
+    // The one before was ended before it could write that it had begun.
+    let mut bench = Bench::cold(false);
+    let inherited = bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    for kind in Kind::ALL {
+        bench.on(Event::Listed(kind, ["shop", "a", "b", "c", inherited.as_str()].map(Arc::from).into()));
+    }
+    assert_eq!(cancels(&bench.decide()), 1);
+    bench.job("k", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    assert_eq!(cancels(&bench.pass(60)), 0, "one that is new was begun by nobody");
 }
 
 #[test]
