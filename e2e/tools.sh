@@ -69,7 +69,7 @@ check_machine() {
   fi
   if needs_root; then
     [[ $(uname -m) == x86_64 ]] || missing+=("an x86_64 machine (this is $(uname -m))")
-    [[ $(id -u) == 0 ]] || missing+=("root (you are $(id -un)): namespaces, mounts and cgroups are made")
+    [[ $(id -u) == 0 ]] || missing+=("root (you are $(id -un)): run it as root, for namespaces, mounts and cgroups are made")
   fi
   if ! command -v cargo >/dev/null; then
     missing+=("cargo: install Rust, https://rustup.rs")

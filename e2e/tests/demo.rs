@@ -77,7 +77,6 @@ fn it_shows_the_rescue_and_leaves_nothing_unless_asked_to() -> Result<()> {
         "detection",
         "Imported",
         "Running",
-        "Next: ",
         "Use it:",
         "Stop it:",
     ] {

@@ -54,7 +54,7 @@ async fn main() -> ExitCode {
         eprintln!("demo: signals cannot be caught");
         return ExitCode::FAILURE;
     };
-    let mut body = tokio::spawn(async move { if down { Ok(()) } else { demo().await } });
+    let mut body = tokio::spawn(async move { if down { Ok(()) } else { demo(keep).await } });
     let code = tokio::select! {
         outcome = &mut body => match outcome.map_err(anyhow::Error::from).and_then(|outcome| outcome) {
             Ok(()) if keep && !down => {
@@ -87,7 +87,7 @@ fn take_down() -> Result<bool> {
     Cluster::down(CLUSTER)
 }
 
-async fn demo() -> Result<()> {
+async fn demo(keep: bool) -> Result<()> {
     let clock = Clock(Instant::now());
     if block_in_place(take_down)? {
         clock.say("removed what an earlier demo left");
@@ -131,7 +131,7 @@ async fn demo() -> Result<()> {
 
     println!("\n$ kubectl get salvagejobs -A -o wide");
     print!("{}", block_in_place(|| kubectl(&cluster, &["get", "salvagejobs", "-A", "-o", "wide"]))?);
-    summary(&timeline);
+    summary(&timeline, keep);
     Ok(())
 }
 
@@ -194,7 +194,7 @@ async fn ready_pod(tenant: &Tenant) -> Result<Pod> {
         .await
 }
 
-fn summary(timeline: &Timeline) {
+fn summary(timeline: &Timeline, keep: bool) {
     println!("\nFrom the pod's first failure status to");
     let since = |at: Option<Duration>| match (timeline.failed, at) {
         (Some(failed), Some(at)) => format!("{:6.2} s", at.saturating_sub(failed).as_secs_f64()),
@@ -205,6 +205,9 @@ fn summary(timeline: &Timeline) {
     {
         println!("  {what:<10}{}", since(at));
     }
+    if keep {
+        return;
+    }
     println!(
         "\nNext: KEEP=1 make demo leaves the cluster up; README.md, \"Install it on a cluster of your own\"; make test."
     );
@@ -213,12 +216,18 @@ fn summary(timeline: &Timeline) {
 fn how_to_go_on() {
     let own = std::env::current_exe().unwrap_or_else(|_| "demo".into());
     let cluster = own.with_file_name("cluster");
+    let kubeconfig = Cluster::attach(CLUSTER).map(|cluster| cluster.kubeconfig()).unwrap_or_default();
+    let helm = tools::helm().ok().and_then(|program| program.parent().map(PathBuf::from));
+    let programs: Vec<String> =
+        tools::kubernetes().ok().into_iter().chain(helm).map(|path| path.display().to_string()).collect();
     println!(
         "\nThe cluster is still up. Use it:\n  \
-         demo() {{ {} --name {CLUSTER} \"$@\"; }}\n  \
-         demo kubectl get nodes; demo kubectl get sj -A -o wide; demo kubectl get events -n {NAMESPACE}\n  \
-         demo exec n1 ctr -n k8s.io images ls\n\
+         export KUBECONFIG={} PATH={}:$PATH\n  \
+         kubectl get nodes; kubectl get sj -A -o wide; kubectl get events -n {NAMESPACE}\n  \
+         {} --name {CLUSTER} exec n1 ctr -n k8s.io images ls\n\
          Stop it:\n  {} down",
+        kubeconfig.display(),
+        programs.join(":"),
         cluster.display(),
         own.display()
     );

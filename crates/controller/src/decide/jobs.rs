@@ -150,6 +150,13 @@ impl State {
         if job.status.digest.is_none() {
             job.status.digest = job.digest().map(|digest| digest.to_string());
         }
+        if job.phase() == Phase::Imported
+            && !job.confirmed
+            && let Ok(wanted) = &job.wanted
+        {
+            let name = wanted.reference.to_string();
+            job.confirmed = self.world.fleet.present(&job.spec.node_name, &name).is_some();
+        }
         let plan = plan(job, &self.world, now);
         if let Some(at) = plan.again {
             sooner(again, at);

@@ -13,7 +13,7 @@ use crate::resolve::{Missing, Resolution, resolve};
 use crate::salvage::{Job, Run, after, status};
 use crate::text;
 
-/// For how many seconds a job's word for its image is taken before the inventory must confirm it.
+/// For how many seconds a job's word for its image is taken while the inventory has yet to show it.
 const TRUST_SECONDS: i64 = 30;
 
 impl State {
@@ -124,6 +124,7 @@ impl State {
     fn present(&self, reference: &Reference, node: &str, now: Timestamp) -> Option<Digest> {
         let fresh = self.jobs_for_any(reference, node).find(|job| {
             job.phase() == Phase::Imported
+                && !job.confirmed
                 && job.status.completion_time.as_ref().is_some_and(|at| after(at.0, TRUST_SECONDS) > now)
         });
         fresh

@@ -13,6 +13,7 @@ use crate::fleet::NodeName;
 
 /// A job and its transfer.
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "facts that are independent of each other")]
 pub struct Job {
     /// Namespace.
     pub namespace: Arc<str>,
@@ -38,6 +39,8 @@ pub struct Job {
     pub run: Run,
     /// Whether the next start is a new attempt, and not the same one taken up again.
     pub fresh: bool,
+    /// Whether the node's inventory has shown the imported image: from then on it knows better than the job.
+    pub confirmed: bool,
     /// Broken streams in a row.
     pub lost: u32,
 }
@@ -121,6 +124,7 @@ impl Job {
             fresh: status.attempts == 0,
             status,
             run: Run::Idle,
+            confirmed: false,
             lost: 0,
         }
     }

@@ -312,3 +312,21 @@ fn an_image_that_its_node_collects_again_is_not_brought_again_and_again() {
     }
     assert_eq!(times.len(), 6, "{times:?}");
 }
+
+#[test]
+fn an_image_that_is_removed_right_after_its_import_is_brought_again() {
+    let mut bench = Bench::new();
+    let name = "r.test/x:1";
+    bench.up("a", vec![image(1, &[name], true)]);
+    bench.waits("p", "b", name);
+    bench.decide();
+    bench.transfer("job-1", done());
+    assert_eq!(woken(&bench.decide()).len(), 1, "before the inventory shows it");
+    let delta = |upserted, removed| Event::Fleet(FleetEvent::Delta { node: "b".into(), upserted, removed });
+    bench.on(delta(vec![image(1, &[name], true)], vec![]));
+    bench.decide();
+    bench.on(delta(vec![], vec![digest(1)]));
+    let actions: Vec<_> = (0..20).flat_map(|_| bench.pass(1)).collect();
+    assert_eq!(woken(&actions).len(), 0, "it is gone");
+    assert_eq!(created(&bench.pass(60)).len(), 1);
+}
