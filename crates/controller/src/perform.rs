@@ -41,10 +41,6 @@ enum CallError {
 }
 
 impl CallError {
-    fn is_not_found(&self) -> bool {
-        matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_not_found())
-    }
-
     fn is_gone(&self) -> bool {
         matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict())
     }
@@ -150,15 +146,16 @@ impl Performer {
                 let api = Api::namespaced(self.client.clone(), &namespace);
                 let events = self.events.clone();
                 self.call(&calls, async move {
-                    let event = match write_status(&api, &name, &uid, &before, &status).await {
-                        Ok(version) => Event::StatusWritten { uid, version: Some(version) },
-                        Err(error) if error.is_not_found() => Event::JobGone { uid },
+                    let version = match write_status(&api, &name, &uid, &before, &status).await {
+                        Ok(version) => Some(version),
+                        // Only the watch tells that a job is gone: it may have older news of it on the way.
+                        Err(error) if error.is_gone() => None,
                         Err(error) => {
                             tracing::warn!(job = %name, %error, "cannot write a status");
-                            Event::StatusWritten { uid, version: None }
+                            None
                         }
                     };
-                    let _ = events.send(event).await;
+                    let _ = events.send(Event::StatusWritten { uid, version }).await;
                 });
             }
             Action::WakePod { namespace, name, uid, annotations } => {

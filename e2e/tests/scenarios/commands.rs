@@ -54,6 +54,8 @@ async fn type_them(play: &Play) -> Result<()> {
     let image = play.image("tiny")?;
     let (tagged, _) = play.push(&image).await?;
     let nowhere = tagged.replace(":v1", ":v2");
+    let (other, _) = play.push_as(&play.image_seeded("tiny", "late")?, "late").await?;
+    play.pull_on_source(&other).await?;
     shell.run("kubectl annotate namespace myapp tote.dev/allow=true")?;
     shell.run(&format!("kubectl create deployment myapp -n myapp --image={tagged} --replicas=0"))?;
     let on_node = |node: &str| {
@@ -79,6 +81,14 @@ async fn type_them(play: &Play) -> Result<()> {
     shell.run("kubectl wait -n myapp --for=condition=Imported salvagejob --all --timeout=60s")?;
     let table = shell.run("kubectl get salvagejobs -A -o wide")?;
     ensure!(table.contains("Imported") && table.contains("myapp"), "{table}");
+
+    // A pod that already waits is opted in.
+    shell.run(&format!(
+        "kubectl run late -n myapp --image={other} --overrides='{{\"spec\":{{\"nodeName\":\"n2\"}}}}'"
+    ))?;
+    shell.until("kubectl get pod late -n myapp", "ImagePull").await?;
+    shell.run("kubectl annotate pod -n myapp late tote.dev/auto-salvage=true")?;
+    shell.run("kubectl wait -n myapp --for=condition=Ready pod/late --timeout=60s")?;
 
     shell.run(&format!("kubectl set image deployment/myapp -n myapp '*={nowhere}'"))?;
     shell.until("kubectl get events -n myapp --field-selector reason=ImageNotActionable", &nowhere).await?;

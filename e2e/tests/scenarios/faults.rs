@@ -143,7 +143,10 @@ async fn leader(play: &Play) -> Result<Option<String>> {
 /// The kill switch ends what runs, though a new controller finds it; released, the job goes on.
 async fn switched_off(play: Play) -> Result<()> {
     half_way(&play).await?;
-    play.install_operator_with(&[("config.enabled", "false")])?;
+    let chart = operator::checkout().join("charts/tote").display().to_string();
+    let mut helm = play.cluster().helm(&["upgrade", "tote", &chart, "-n", operator::NAMESPACE])?;
+    helm.args(["--reuse-values", "--set", "config.enabled=false", "--wait", "--timeout", "90s"]);
+    tokio::task::block_in_place(|| host::run(&mut helm))?;
     let off = |job: &SalvageJob| imported_reason(job).0 == "Disabled";
     let outcome = async {
         play.tenant.until_job("that is Disabled", SOON, off).await?;

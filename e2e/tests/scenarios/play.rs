@@ -44,12 +44,7 @@ impl Play {
 
     /// The operator, as it was when the scenario began.
     pub fn install_operator(&self) -> Result<()> {
-        self.install_operator_with(&[])
-    }
-
-    /// The operator with other values besides, until it is installed again.
-    pub fn install_operator_with(&self, values: &[(&str, &str)]) -> Result<()> {
-        tokio::task::block_in_place(|| operator::install(&self.stage.cluster, &[VALUES, values].concat()))
+        tokio::task::block_in_place(|| operator::install(&self.stage.cluster, VALUES))
     }
 
     /// The image of 500 MB that n1 holds.

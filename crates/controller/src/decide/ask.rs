@@ -84,7 +84,9 @@ impl State {
         let Some(node_uid) = self.world.nodes.get(&pod.node) else { return false };
         let base = base_name(&pod.namespace, reference, digest, node_uid);
         let asked = self.asked.get(&base);
-        if let Some(refusal) = asked.and_then(|asked| asked.refusal.as_ref()) {
+        // Once may be a moment's absence of the API server.
+        let refused = asked.filter(|asked| asked.refusals > 1);
+        if let Some(refusal) = refused.and_then(|asked| asked.refusal.as_ref()) {
             let note = format!(
                 "{} can be salvaged, but the API server takes no SalvageJob in namespace {}: {refusal}",
                 text::image(&wait.image, digest.as_str()),

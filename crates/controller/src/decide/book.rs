@@ -98,7 +98,8 @@ impl Book {
         self.write_after = now.checked_add(pause.unwrap_or(SignedDuration::from_secs(1))).ok();
     }
 
-    fn answered(&mut self, version: Option<u64>, now: Timestamp) {
+    /// Takes in what came of a write. Tells whether somebody else wrote meanwhile.
+    fn answered(&mut self, version: Option<u64>, now: Timestamp) -> bool {
         match (self.writing.take(), version) {
             (Some(status), Some(version)) => {
                 self.written = *status;
@@ -112,8 +113,20 @@ impl Book {
             }
             _ => self.pause(now),
         }
-        if let Some(heard) = self.heard.take() {
-            self.correct(*heard, now);
+        self.heard.take().is_some_and(|heard| self.correct(*heard, now))
+    }
+
+    /// The leader before this one may have seen the end of a job: then that is its end.
+    fn take_over_the_end(&mut self, job: &mut Job) -> Option<Action> {
+        if !self.written.phase.is_some_and(Phase::is_final) || job.phase().is_final() {
+            return None;
+        }
+        job.status = self.written.clone();
+        self.told = Some((job.phase(), job.reason().to_owned()));
+        let was_running = matches!(std::mem::take(&mut job.run), Run::Running { .. });
+        match job.phase() {
+            Phase::Failed => Some(cancel(job)), // As that leader did; but this one may have begun again since.
+            _ => was_running.then(|| Action::Detach { uid: job.uid.clone() }),
         }
     }
 }
@@ -142,16 +155,9 @@ impl State {
         if let Some((job, book)) = self.jobs.get_mut(&uid) {
             // An answer and the watch may come in either order; most events echo a status.
             book.watched |= watched;
-            let status = object.status.unwrap_or_default();
-            let is_final = status.phase.is_some_and(Phase::is_final);
-            let corrected = book.hear(version, status, now);
-            if corrected && is_final && !job.phase().is_final() {
-                // The leader before this one saw the end of it.
-                job.status = book.written.clone();
-                book.told = Some((job.phase(), job.reason().to_owned()));
-                if matches!(std::mem::take(&mut job.run), Run::Running { .. }) {
-                    self.actions.push(Action::Detach { uid: uid.clone() });
-                }
+            let corrected = book.hear(version, object.status.unwrap_or_default(), now);
+            if corrected {
+                self.actions.extend(book.take_over_the_end(job));
             }
             job.automatic = automatic;
             let news = corrected || generation > job.generation || (terminating && !job.terminating);
@@ -197,8 +203,10 @@ impl State {
     }
 
     pub(super) fn status_written(&mut self, uid: &str, version: Option<u64>, now: Timestamp) {
-        if let Some((_, book)) = self.jobs.get_mut(uid) {
-            book.answered(version, now);
+        if let Some((job, book)) = self.jobs.get_mut(uid)
+            && book.answered(version, now)
+        {
+            self.actions.extend(book.take_over_the_end(job));
         }
     }
 

@@ -286,6 +286,20 @@ fn the_end_that_an_earlier_leader_saw_is_the_end() {
 }
 
 #[test]
+fn the_end_that_an_earlier_leader_saw_is_the_end_also_while_a_status_is_written() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.on(Event::Job(begun("Transferring", 1)));
+    let written = |actions: &[Action]| actions.iter().any(|one| matches!(one, Action::WriteStatus { .. }));
+    assert!(written(&bench.state.decide(bench.now).actions));
+    bench.on(Event::Job(begun("Failed", 101)));
+    bench.on(Event::StatusWritten { uid: "u".into(), version: Some(100) });
+    let actions = bench.state.decide(bench.now).actions;
+    assert_eq!((cancels(&actions), written(&actions)), (1, false), "{actions:?}");
+    assert_eq!(bench.reason("u").0, Phase::Failed);
+}
+
+#[test]
 fn somebody_who_goes_on_writing_status_is_not_raced_with() {
     let mut bench = Bench::new();
     bench.up("a", vec![image(1, &["r.test/x:1"], true)]);

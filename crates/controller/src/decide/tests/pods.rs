@@ -257,6 +257,8 @@ fn a_refusal_is_told_and_asked_about_ever_more_rarely() {
     let start = bench.now;
     for _ in 0..300 {
         let actions = bench.state.decide(bench.now).actions;
+        let told_now = told(&actions, names::event::IMAGE_NOT_ACTIONABLE);
+        assert!(times.len() > 1 || told_now.is_empty(), "one refusal may be a moment's: {told_now:?}");
         notes.extend(told(&actions, names::event::IMAGE_NOT_ACTIONABLE));
         for action in actions {
             if let Action::CreateJob(job) = action {
