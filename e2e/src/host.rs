@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::mount::{UnmountFlags, unmount};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 
 /// Calls `check` until it answers true, from every 5 ms at first to every
 /// 100 ms, for at most `limit`.
@@ -88,6 +88,32 @@ pub fn started(pid: u32) -> Option<String> {
 fn stat_field(pid: u32, index: usize) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(')')?.1.split_whitespace().nth(index).map(str::to_owned)
+}
+
+/// How many bytes of the machine's memory a process holds (`VmRSS` in `/proc/<pid>/status`).
+///
+/// # Errors
+/// It does not run.
+pub fn resident(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("reading {path}: does it run?"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.map(|kib| kib << 10).with_context(|| format!("{path} has no VmRSS: has the process ended?"))
+}
+
+/// Lets this process have at least so many files open.
+///
+/// # Errors
+/// It has less now, and may not have more.
+pub fn allow_files(count: u64) -> Result<()> {
+    let now = getrlimit(Resource::Nofile);
+    if now.current.is_none_or(|current| current >= count) {
+        return Ok(());
+    }
+    let maximum = now.maximum.map(|maximum| maximum.max(count));
+    setrlimit(Resource::Nofile, Rlimit { current: Some(count), maximum })
+        .with_context(|| format!("raising the limit of open files from {:?} to {count}", now.current))
 }
 
 /// The processes whose command line names something below `dir`, but for the

@@ -345,6 +345,12 @@ pub fn is_ready(pod: &Pod) -> bool {
     conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
 }
 
+/// The ID of the pod's first container, as its node's containerd knows it.
+pub fn container_id(pod: &Pod) -> Option<&str> {
+    let first = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
+    first.container_id.as_deref()?.strip_prefix("containerd://")
+}
+
 /// Reason and message of every container of the pod that waits, init containers first.
 pub fn waiting(pod: &Pod) -> Vec<(String, String)> {
     let Some(status) = &pod.status else { return Vec::new() };

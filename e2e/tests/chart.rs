@@ -24,7 +24,7 @@ fn template(values: &[&str]) -> Result<String, String> {
 }
 
 /// Every value of values.yaml, set to something else, and what it must change in the output.
-const EVERY_VALUE: [(&str, &[&str]); 23] = [
+const EVERY_VALUE: [(&str, &[&str]); 26] = [
     ("image.repository=registry.corp:5000/ops/tote", &["\"registry.corp:5000/ops/tote:0.1.0\""]),
     ("image.tag=0.9.9", &["\"localhost/tote:0.9.9\""]),
     ("image.pullPolicy=Never", &["imagePullPolicy: Never"]),
@@ -35,6 +35,9 @@ const EVERY_VALUE: [(&str, &[&str]); 23] = [
     ("log.format=json", &["--log-format=json"]),
     ("controller.replicas=2", &["replicas: 2"]),
     ("controller.maxConcurrentSalvages=7", &["--max-concurrent-salvages=7"]),
+    ("controller.sessionTTL=7m", &["--session-ttl=7m"]),
+    ("tls.certificateLifetime=90m", &["--certificate-lifetime=90m"]),
+    ("tls.existingSecret=my-ca", &["--ca-secret=my-ca", "resourceNames: [my-ca]"]),
     ("controller.priorityClassName=mine", &["priorityClassName: mine"]),
     ("controller.resources.limits.memory=99Mi", &["memory: 99Mi"]),
     ("controller.nodeSelector.role=infra", &["role: infra"]),
@@ -119,6 +122,56 @@ fn the_names_that_people_type_hold() {
     assert!(output.contains("image: \"localhost/tote:0.1.0\""), "the tag is the crates' version");
 }
 
+/// The certificate authority may be cert-manager's; then its Secret is what the controller follows and may read.
+#[test]
+fn cert_manager_can_make_the_authority() {
+    let output = template(&["tls.certManager.enabled=true"]).unwrap();
+    for text in [
+        "kind: Issuer\nmetadata:\n  name: tote\n",
+        "  selfSigned: {}",
+        "  secretName: tote-cert-manager-ca\n  isCA: true",
+        "encoding: PKCS8",
+        "duration: 8760h",
+        "renewBefore: 2920h",
+        "    name: tote\n    kind: Issuer",
+        "--ca-secret=tote-cert-manager-ca",
+        "resourceNames: [tote-cert-manager-ca]",
+    ] {
+        assert!(output.contains(text), "{text:?} is not in\n{output}");
+    }
+    let theirs = [
+        "tls.certManager.enabled=true",
+        "tls.certManager.issuerRef.name=corp",
+        "tls.certManager.issuerRef.kind=ClusterIssuer",
+        "tls.certManager.duration=2400h",
+        "tls.certManager.renewBefore=240h",
+    ];
+    let output = template(&theirs).unwrap();
+    assert!(!output.contains("selfSigned"), "{output}");
+    for text in ["    kind: ClusterIssuer\n    name: corp", "duration: 2400h", "renewBefore: 240h"] {
+        assert!(output.contains(text), "{text:?} is not in\n{output}");
+    }
+    assert!(!template(&[]).unwrap().contains("cert-manager"));
+    for (values, says) in [
+        (&["tls.certManager.enabled=true", "tls.existingSecret=x"][..], "only one"),
+        (&["tls.existingSecret=tote-ca"], "choose another"),
+    ] {
+        let error = template(values).unwrap_err();
+        assert!(error.contains(says), "{values:?}: {error}");
+    }
+}
+
+/// What the agents' pods are given: a token for the controller alone, and whom to trust.
+#[test]
+fn agents_mount_no_token_of_the_api_server() {
+    let output = template(&[]).unwrap();
+    let agents = output.split("\n---\n").find(|d| d.contains("\nkind: DaemonSet\n")).unwrap();
+    for text in ["automountServiceAccountToken: false", "audience: tote", "name: tote-ca\n"] {
+        assert!(agents.contains(text), "{text:?} is not in\n{agents}");
+    }
+    assert!(!agents.contains("optional:"), "{agents}");
+}
+
 #[test]
 fn a_bad_value_is_refused_by_name() {
     for (value, field) in [
@@ -129,6 +182,8 @@ fn a_bad_value_is_refused_by_name() {
         ("controller.maxConcurrentSalvages=0", "maxConcurrentSalvages"),
         ("controler.replicas=2", "controler"),
         ("log.format=xml", "format"),
+        ("tls.certificateLifetime=ever", "certificateLifetime"),
+        ("tls.enabled=false", "enabled"),
     ] {
         let error = template(&[value]).unwrap_err();
         assert!(error.contains(field) && error.contains("schema"), "{value}: {error}");

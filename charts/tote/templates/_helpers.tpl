@@ -29,6 +29,26 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end -}}
 
+{{/* Name of the Secret and the ConfigMap that the controller keeps the certificate authority in. */}}
+{{- define "tote.ca" -}}
+{{ include "tote.fullname" . }}-ca
+{{- end -}}
+
+{{/* Name of a Secret with somebody else's certificate authority; empty if the controller makes its own. */}}
+{{- define "tote.givenCA" -}}
+{{- if and .Values.tls.existingSecret .Values.tls.certManager.enabled -}}
+{{- fail "tls.existingSecret and tls.certManager.enabled: only one of them can be the certificate authority" -}}
+{{- end -}}
+{{- if eq .Values.tls.existingSecret (include "tote.ca" .) -}}
+{{- fail (printf "tls.existingSecret: %s is the name of what the controller keeps itself; choose another" .Values.tls.existingSecret) -}}
+{{- end -}}
+{{- if .Values.tls.certManager.enabled -}}
+{{ include "tote.fullname" . }}-cert-manager-ca
+{{- else -}}
+{{ .Values.tls.existingSecret }}
+{{- end -}}
+{{- end -}}
+
 {{/* Port of config.metricsAddr. */}}
 {{- define "tote.metricsPort" -}}
 {{ regexFind "[0-9]+$" .Values.config.metricsAddr }}

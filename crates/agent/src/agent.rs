@@ -2,21 +2,24 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tote_rpc::identity::{Identity, Peer};
 
 use crate::containerd::{Containerd, Facts};
 use crate::health;
+use crate::identity::{Mounts, Standing};
 use crate::import::{Bandwidth, Context, Imports, Lifetimes, Patience, Rate};
 use crate::inventory::{self, Inventory};
 use crate::metrics::Metrics;
-use crate::serve::{Served, router};
-use crate::service::Service;
+use crate::serve::{Grants, Served, router};
+use crate::service::{Service, Terms, epoch};
 
 /// How often containerd is asked who it is; oftener while it does not say.
 const FACTS_INTERVAL: Duration = Duration::from_secs(10);
@@ -32,16 +35,21 @@ pub struct Settings {
     pub patience: Patience,
     /// How long it keeps transfers.
     pub lifetimes: Lifetimes,
+    /// Its key, and its certificate if it has one already.
+    pub identity: Arc<Identity>,
+    /// What says who it is.
+    pub mounts: Option<Mounts>,
 }
 
-/// Runs an agent until `stop`, then drains. Plain connections: whoever reaches `control` may ask anything.
+/// Runs an agent until `stop`, then drains.
 pub async fn run(
     containerd: Arc<dyn Containerd>,
     settings: Settings,
     control: TcpListener,
     health: Option<TcpListener>,
     stop: CancellationToken,
-) {
+) -> Result<(), tote_rpc::TlsError> {
+    let started = Instant::now();
     let metrics = Arc::new(Metrics::default());
     let mut registry = Registry::default();
     metrics.register(&mut registry);
@@ -54,10 +62,16 @@ pub async fn run(
     tasks.spawn(until(stop.clone(), follow_facts(containerd.clone(), facts)));
     tasks.spawn(until(stop.clone(), count_images(known_images.clone(), metrics.clone())));
 
+    let standing = Arc::new(Standing::new(settings.identity.clone(), &settings.node_name, settings.mounts));
+    let (followed, certified) = (standing.clone(), settings.identity.certified());
+    tasks.spawn(until(stop.clone(), async move { followed.follow().await }));
+    tasks.spawn(until(stop.clone(), count_certificates(certified.clone(), metrics.clone(), started)));
+
+    let peers = tote_rpc::blob_client(&settings.identity)?;
     let context = Context {
         patience: settings.patience,
         metrics: metrics.clone(),
-        ..Context::new(containerd.clone(), tote_rpc::blob_client(), Bandwidth::new(settings.max_bandwidth))
+        ..Context::new(containerd.clone(), peers, Bandwidth::new(settings.max_bandwidth))
     };
     let imports = Arc::new(Imports::new(context, settings.lifetimes));
     tasks.spawn(until(stop.clone(), sweep(imports.clone(), settings.lifetimes.abandoned)));
@@ -69,6 +83,8 @@ pub async fn run(
                 Some("containerd does not answer")
             } else if images.borrow().is_none() {
                 Some("the node's images have not been looked at yet")
+            } else if certified.borrow().is_none() {
+                Some("the controller has not given this agent a certificate yet")
             } else {
                 None
             }
@@ -81,9 +97,21 @@ pub async fn run(
         });
     }
 
-    let served = Served { containerd, metrics: metrics.clone() };
-    let service =
-        Service::new(settings.node_name, imports.clone(), known_facts, known_images, metrics, stop.clone());
+    let grants = Grants::default();
+    let served = Served { containerd, metrics: metrics.clone(), grants: grants.clone() };
+    let refused = metrics.clone();
+    let service = Service {
+        node_name: settings.node_name,
+        epoch: epoch(),
+        imports: imports.clone(),
+        facts: known_facts,
+        inventory: known_images,
+        metrics,
+        standing,
+        grants,
+        stop: stop.clone(),
+        terms: Terms::default(),
+    };
     let stopping = stop.clone();
     let ended = imports.clone();
     tasks.spawn(async move {
@@ -91,9 +119,13 @@ pub async fn run(
         // So that those who follow a transfer hear that the agent stops.
         ended.stop().await;
     });
-    tote_rpc::serve(control, service, router(served), stop).await;
+    let on_refusal = Arc::new(move |refusal| refused.refused(refusal));
+    let stopped = stop.clone();
+    let ended = tote_rpc::serve(control, settings.identity, service, router(served), on_refusal, stop).await;
+    stopped.cancel();
     tasks.close();
     tasks.wait().await;
+    ended
 }
 
 async fn until(stop: CancellationToken, task: impl Future<Output = ()>) {
@@ -133,6 +165,24 @@ async fn follow_facts(containerd: Arc<dyn Containerd>, known: watch::Sender<Opti
 async fn count_images(mut known: watch::Receiver<Option<Arc<Inventory>>>, metrics: Arc<Metrics>) {
     while known.changed().await.is_ok() {
         metrics.images(known.borrow_and_update().as_ref().map_or(0, |images| images.len()));
+    }
+}
+
+async fn count_certificates(
+    mut certified: watch::Receiver<Option<Peer>>,
+    metrics: Arc<Metrics>,
+    started: Instant,
+) {
+    let mut first = true;
+    // One that it had from the beginning counts as well.
+    certified.mark_changed();
+    while certified.changed().await.is_ok() {
+        let Some(peer) = certified.borrow_and_update().clone() else { continue };
+        let expires = peer.not_after.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let took = started.elapsed();
+        tracing::info!(expires, after_seconds = took.as_secs_f32(), "certificate received");
+        metrics.certified(expires, first.then_some(took));
+        first = false;
     }
 }
 

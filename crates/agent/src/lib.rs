@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod containerd;
 pub mod health;
+pub mod identity;
 pub mod import;
 pub mod inventory;
 pub mod metrics;

@@ -12,7 +12,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tote_agent::agent::{Settings, run};
 use tote_agent::containerd::Client;
+use tote_agent::identity::Mounts;
 use tote_agent::import::{Lifetimes, Patience, Rate};
+use tote_rpc::identity::Identity;
 use tracing_subscriber::EnvFilter;
 
 /// Reports, imports and serves the images of one node's containerd.
@@ -31,6 +33,12 @@ struct Arguments {
     /// This node's name in Kubernetes.
     #[arg(long, env = "NODE_NAME")]
     node_name: String,
+    /// A service account token of the audience `tote`, kept current by Kubernetes: says which pod this is.
+    #[arg(long, default_value = "/var/run/tote/token")]
+    token_file: PathBuf,
+    /// The certificate authorities to trust, as PEM: they say who the controller is.
+    #[arg(long, default_value = "/var/run/tote/ca.crt")]
+    ca_file: PathBuf,
     /// The most bytes per second to receive from other nodes, as 50Mi. Without it there is no cap.
     #[arg(long)]
     max_bandwidth: Option<Rate>,
@@ -91,9 +99,11 @@ async fn start(arguments: Arguments) -> anyhow::Result<()> {
         max_bandwidth: arguments.max_bandwidth,
         patience: Patience::default(),
         lifetimes: Lifetimes::default(),
+        identity: Identity::new().context("cannot make a key")?,
+        mounts: Some(Mounts { token: arguments.token_file, authorities: arguments.ca_file }),
     };
     let containerd = Arc::new(Client::new(&arguments.containerd_socket));
-    run(containerd, settings, control, Some(health), stop).await;
+    run(containerd, settings, control, Some(health), stop).await.context("cannot serve")?;
     tracing::info!("stopped");
     Ok(())
 }

@@ -1,15 +1,25 @@
 //! The agent's own figures, for Prometheus.
 
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
+use tote_rpc::Refusal;
 
 /// How an import ended: `imported`, or the cause of its failure.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Outcome {
     result: &'static str,
+}
+
+/// Why somebody was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: &'static str,
 }
 
 /// Counters and gauges. They are shared with the registry that encodes them.
@@ -21,6 +31,10 @@ pub struct Metrics {
     running: Gauge,
     images: Gauge,
     sessions: Gauge,
+    refused: Family<Reason, Counter>,
+    certificates: Counter,
+    expires: Gauge,
+    first_certificate: Gauge<f64, AtomicU64>,
 }
 
 impl Metrics {
@@ -34,6 +48,17 @@ impl Metrics {
         registry.register("imports_running", "Imports under way", self.running.clone());
         registry.register("images", "Distinct targets of image records", self.images.clone());
         registry.register("sessions", "Sessions with controllers", self.sessions.clone());
+        for refusal in Refusal::ALL {
+            // So that the first of each is an increase.
+            let _ = self.refused.get_or_create(&Reason { reason: refusal.label() });
+        }
+        registry.register("refused", "Connections and calls that were refused", self.refused.clone());
+        let help = "Certificates that the controller gave";
+        registry.register("certificates", help, self.certificates.clone());
+        let help = "When the present certificate ends, in seconds since 1970; 0 without one";
+        registry.register("certificate_expiry_timestamp_seconds", help, self.expires.clone());
+        let help = "From the agent's start to its first certificate";
+        registry.register("first_certificate_seconds", help, self.first_certificate.clone());
     }
 
     /// Bytes went to another node.
@@ -55,6 +80,20 @@ impl Metrics {
     pub fn import_ended(&self, result: &'static str) {
         self.running.dec();
         self.imports.get_or_create(&Outcome { result }).inc();
+    }
+
+    /// Somebody was refused.
+    pub fn refused(&self, refusal: Refusal) {
+        self.refused.get_or_create(&Reason { reason: refusal.label() }).inc();
+    }
+
+    /// A certificate was given, valid until so many seconds since 1970; `took` is how long the first was waited for.
+    pub fn certified(&self, expires: u64, took: Option<Duration>) {
+        self.certificates.inc();
+        self.expires.set(i64::try_from(expires).unwrap_or(i64::MAX));
+        if let Some(took) = took {
+            self.first_certificate.set(took.as_secs_f64());
+        }
     }
 
     /// How many images the node holds.

@@ -64,6 +64,8 @@ fn without_containerd_it_waits_and_is_not_ready() {
         &health_addr,
         "--containerd-socket=/nonexistent/containerd.sock",
         "--max-bandwidth=50Mi",
+        "--token-file=/nonexistent/token",
+        "--ca-file=/nonexistent/ca.crt",
     ]);
     let mut log = BufReader::new(program.stderr()).lines();
     // It says what it waits for, as JSON.
@@ -78,7 +80,12 @@ fn without_containerd_it_waits_and_is_not_ready() {
     for name in ["served_bytes_total", "received_bytes_total", "imports_running", "images", "sessions"] {
         assert!(metrics.contains(&format!("\ntote_agent_{name} 0\n")), "{name} is not in {metrics}");
     }
-    assert!(get(control, "/v2/").unwrap().starts_with("HTTP/1.1 200"));
+    // Nobody gets anything without TLS, and it is counted.
+    let plain = get(control, "/v2/").unwrap_or_default();
+    assert!(!plain.contains("HTTP/1.1"), "{plain}");
+    let refused = "\ntote_agent_refused_total{reason=\"not_tls\"} 1\n";
+    let metrics = get(health, "/metrics").unwrap();
+    assert!(metrics.contains(refused), "{metrics}");
     let pid = program.0.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
     assert_eq!(program.exit_code(), 0);

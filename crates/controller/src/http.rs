@@ -1,7 +1,7 @@
 //! /metrics, /healthz and /readyz.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -22,6 +22,8 @@ pub struct Health {
     started: Instant,
     leading: AtomicBool,
     synced: AtomicBool,
+    /// Why there is no certificate authority, if there is none.
+    authority: Mutex<Option<String>>,
     /// What /metrics answers.
     pub metrics: Metrics,
 }
@@ -32,6 +34,7 @@ impl Default for Health {
             started: Instant::now(),
             leading: AtomicBool::new(false),
             synced: AtomicBool::new(false),
+            authority: Mutex::new(None),
             metrics: Metrics::default(),
         }
     }
@@ -50,13 +53,21 @@ impl Health {
         self.synced.store(true, Ordering::Relaxed);
     }
 
-    /// Leading with all lists known, or standing by.
-    fn is_ready(&self) -> bool {
-        if self.leading.load(Ordering::Relaxed) {
-            self.synced.load(Ordering::Relaxed)
-        } else {
-            self.started.elapsed() > STANDBY_AFTER
+    /// Whether the certificate authority is in order; why not.
+    pub fn set_authority(&self, problem: Option<String>) {
+        *self.authority.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    }
+
+    /// Ready is: leading with all lists known and the authority in order, or standing by.
+    fn problem(&self) -> Option<String> {
+        if !self.leading.load(Ordering::Relaxed) {
+            return (self.started.elapsed() <= STANDBY_AFTER).then(|| "looking for a leader".to_owned());
         }
+        if let Some(problem) = &*self.authority.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Some(format!("certificate authority: {problem}"));
+        }
+        let synced = self.synced.load(Ordering::Relaxed);
+        (!synced).then(|| "waiting for the first lists of the API server".to_owned())
     }
 }
 
@@ -74,10 +85,9 @@ pub async fn serve(listener: TcpListener, health: Arc<Health>, stop: Cancellatio
 }
 
 async fn ready(State(health): State<Arc<Health>>) -> Response {
-    if health.is_ready() {
-        "ok".into_response()
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "waiting for the first lists of the API server").into_response()
+    match health.problem() {
+        None => "ok".into_response(),
+        Some(problem) => (StatusCode::SERVICE_UNAVAILABLE, problem).into_response(),
     }
 }
 

@@ -3,6 +3,7 @@
 //! watch -> facts -> decide (pure) -> perform. `run` wires it.
 
 pub mod backoff;
+pub mod ca;
 pub mod decide;
 pub mod detect;
 pub mod fleet;

@@ -11,11 +11,13 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tote_controller::ca::Names;
 use tote_controller::decide::Policy;
 use tote_controller::http::{self, Health};
 use tote_controller::leader::Leader;
 use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
+use tote_rpc::identity::Identity;
 
 /// Transfers to one node, and from one node, at once.
 const PER_TARGET: usize = 2;
@@ -43,6 +45,25 @@ struct Flags {
     /// The port agents listen on.
     #[arg(long, default_value_t = 9090)]
     agent_port: u16,
+    /// Name of the agents' service account, in this pod's namespace.
+    #[arg(long, default_value = "tote-agent")]
+    agent_service_account: String,
+    /// Name of the Secret and the `ConfigMap` that the certificate authority is kept in, in this pod's namespace.
+    #[arg(long, default_value = "tote-ca")]
+    ca_name: String,
+    /// Name of a Secret (kubernetes.io/tls) with a certificate authority to use instead of making one: yours, or one of
+    /// cert-manager. It is followed as it changes.
+    #[arg(long)]
+    ca_secret: Option<String>,
+    /// Name of this Deployment: it owns what is made at run time.
+    #[arg(long, default_value = "tote")]
+    deployment_name: String,
+    /// How long certificates of agents and of the controller last, as 6h or 90m. They are renewed at half of it.
+    #[arg(long, default_value = "6h", value_parser = certificate_lifetime)]
+    certificate_lifetime: Duration,
+    /// How long a node may go on reading for a transfer whose controller is gone, as 5m.
+    #[arg(long, default_value = "5m", value_parser = session_ttl)]
+    session_ttl: Duration,
     /// Name of the Lease that replicas share, in this pod's namespace.
     #[arg(long, default_value = "tote")]
     lease_name: String,
@@ -66,6 +87,24 @@ enum LogFormat {
 fn address(text: &str) -> Result<SocketAddr, String> {
     let full = if text.starts_with(':') { format!("0.0.0.0{text}") } else { text.to_owned() };
     full.parse().map_err(|_| "must be ip:port or :port, as in :8080".to_owned())
+}
+
+/// A time as Kubernetes writes it, between two bounds.
+fn time(text: &str, (least, most): (Duration, Duration)) -> Result<Duration, String> {
+    let span: jiff::SignedDuration =
+        text.parse().map_err(|_| "must be a time such as 5m or 6h".to_owned())?;
+    match Duration::try_from(span) {
+        Ok(time) if (least..=most).contains(&time) => Ok(time),
+        _ => Err(format!("must be between {} and {} seconds", least.as_secs(), most.as_secs())),
+    }
+}
+
+fn certificate_lifetime(text: &str) -> Result<Duration, String> {
+    time(text, (Duration::from_secs(60), Duration::from_secs(7 * 24 * 3600)))
+}
+
+fn session_ttl(text: &str) -> Result<Duration, String> {
+    time(text, (Duration::from_secs(15), Duration::from_secs(24 * 3600)))
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -105,6 +144,9 @@ fn start_log(format: LogFormat) {
 }
 
 async fn run(flags: Flags) -> Result<(), String> {
+    if flags.ca_secret.as_ref() == Some(&flags.ca_name) {
+        return Err(format!("--ca-secret {0}: must be another Secret than --ca-name {0}", flags.ca_name));
+    }
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| format!("signals: {error}"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| format!("signals: {error}"))?;
@@ -131,6 +173,16 @@ async fn run(flags: Flags) -> Result<(), String> {
         me: flags.pod_name.clone(),
         agent_service: flags.agent_service,
         agent_port: flags.agent_port,
+        agent_account: flags.agent_service_account,
+        ca: Names {
+            namespace: flags.pod_namespace.clone(),
+            kept: flags.ca_name,
+            given: flags.ca_secret,
+            deployment: flags.deployment_name,
+        },
+        identity: Identity::new().map_err(|error| format!("cannot make a key: {error}"))?,
+        certificate_life: flags.certificate_lifetime,
+        grant_life: flags.session_ttl,
     };
     let (terms, mut current) = watch::channel(None);
     let leader = Leader::new(client.clone(), &flags.pod_namespace, &flags.lease_name, &flags.pod_name);

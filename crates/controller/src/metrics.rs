@@ -1,6 +1,7 @@
 //! Counters and gauges. Names are API (alerts are written against them); prometheus-client appends `_total`.
 
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -17,6 +18,16 @@ const PHASES: [&str; 4] = ["Pending", "Transferring", "Imported", "Failed"];
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PhaseLabel {
     phase: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabel {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StepLabel {
+    step: &'static str,
 }
 
 /// All metrics of the controller.
@@ -37,6 +48,9 @@ pub struct Metrics {
     waiting: Gauge,
     leading: Gauge,
     decision: Histogram,
+    enrolments: Family<ResultLabel, Counter>,
+    authority_changes: Family<StepLabel, Counter>,
+    authority_ends: Gauge,
 }
 
 impl Default for Metrics {
@@ -76,6 +90,16 @@ impl Default for Metrics {
         let images = gauge("fleet_images", "Distinct images on the nodes");
         let waiting = gauge("pods_waiting", "Pods that wait for an image, opted in or not");
         let leading = gauge("leading", "1 while this replica leads");
+        let authority_ends = gauge(
+            "ca_expiry_timestamp_seconds",
+            "When the signing certificate authority ends, in seconds since 1970; 0 on a replica that does not lead",
+        );
+        let enrolments: Family<ResultLabel, Counter> = Family::default();
+        let help = "Agents that asked for a certificate, by what came of it";
+        registry.register("enrolments", help, enrolments.clone());
+        let authority_changes: Family<StepLabel, Counter> = Family::default();
+        let help = "Steps of replacing the certificate authority";
+        registry.register("ca_changes", help, authority_changes.clone());
         let decision = Histogram::new(exponential_buckets(0.00001, 4.0, 10));
         registry.register_with_unit("decision", "Time one decision took", Unit::Seconds, decision.clone());
         Self {
@@ -95,6 +119,9 @@ impl Default for Metrics {
             waiting,
             leading,
             decision,
+            enrolments,
+            authority_changes,
+            authority_ends,
         }
     }
 }
@@ -130,6 +157,21 @@ impl Metrics {
         gauge(&self.images, figures.images);
         gauge(&self.waiting, figures.waiting);
         self.decision.observe(took);
+    }
+
+    /// An agent got a certificate (`signed`), or did not.
+    pub fn enrolment(&self, result: &'static str) {
+        self.enrolments.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// The certificate authority was staged, promoted or retired.
+    pub fn authority_changed(&self, step: &'static str) {
+        self.authority_changes.get_or_create(&StepLabel { step }).inc();
+    }
+
+    /// When the authority that signs ends, since 1970.
+    pub fn authority_ends(&self, at: Duration) {
+        self.authority_ends.set(i64::try_from(at.as_secs()).unwrap_or(i64::MAX));
     }
 
     /// Sets whether this replica leads.

@@ -17,7 +17,7 @@ use tote_api::{SalvageJob, SalvageJobSpec, SalvageJobStatus, names};
 use tote_rpc::v1;
 
 use crate::decide::{About, Action, CreateAnswer, Event, NewJob, version};
-use crate::fleet::Agents;
+use crate::fleet::{Agents, Grants};
 use crate::http::Health;
 use crate::transfer;
 
@@ -60,6 +60,9 @@ pub struct Performer {
     wakes: HashMap<Arc<str>, AbortHandle>,
     streams: HashMap<Arc<str>, AbortHandle>,
     cancels: HashMap<Arc<str>, AbortHandle>,
+    /// What was granted for the transfer of a job, to be taken back when it is cancelled.
+    granted: HashMap<Arc<str>, Grants>,
+    grant_life: Duration,
     tasks: JoinSet<()>,
 }
 
@@ -68,7 +71,7 @@ impl Performer {
     pub fn new(
         client: Client,
         me: &str,
-        agents: Agents,
+        (agents, grant_life): (Agents, Duration),
         term: v1::Term,
         events: mpsc::Sender<Event>,
         health: Arc<Health>,
@@ -86,6 +89,8 @@ impl Performer {
             wakes: HashMap::new(),
             streams: HashMap::new(),
             cancels: HashMap::new(),
+            granted: HashMap::new(),
+            grant_life,
             tasks: JoinSet::new(),
         }
     }
@@ -94,6 +99,7 @@ impl Performer {
     pub fn perform(&mut self, action: Action) {
         while self.tasks.try_join_next().is_some() {}
         self.streams.retain(|_, stream| !stream.is_finished());
+        self.granted.retain(|uid, _| self.streams.contains_key(uid));
         self.cancels.retain(|_, cancel| !cancel.is_finished());
         self.wakes.retain(|_, wake| !wake.is_finished());
         let calls = self.calls.clone();
@@ -116,7 +122,10 @@ impl Performer {
                     cancel.abort(); // It is wanted again.
                 }
                 let client = self.agents.client(&node);
-                let follow = transfer::follow(client, request, uid.clone(), stream, self.events.clone());
+                let grants = Grants::new(self.agents.clone(), &request, &node, self.grant_life);
+                self.granted.insert(uid.clone(), grants.clone());
+                let events = self.events.clone();
+                let follow = transfer::follow(client, request, grants, uid.clone(), stream, events);
                 let handle = self.tasks.spawn(follow);
                 if let Some(former) = self.streams.insert(uid, handle) {
                     former.abort();
@@ -125,6 +134,9 @@ impl Performer {
             Action::Detach { uid } => self.detach(&uid),
             Action::Cancel { uid, node, transfer_id } => {
                 self.detach(&uid);
+                if let Some(grants) = self.granted.remove(&uid) {
+                    self.tasks.spawn(grants.revoke());
+                }
                 tracing::info!(job = %uid, transfer = transfer_id, %node, "cancel");
                 let request = v1::CancelRequest { term: Some(self.term.clone()), transfer_id };
                 let agents = self.agents.clone();

@@ -8,10 +8,12 @@ use kube::Client;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tote_rpc::identity::Identity;
 use tote_rpc::v1;
 
+use crate::ca::{Keeper, Names};
 use crate::decide::{Event, Policy, State};
-use crate::fleet::{Agents, Fleet, FleetEvent};
+use crate::fleet::{Agents, Enrolment, Fleet, FleetEvent};
 use crate::http::Health;
 use crate::leader::Term;
 use crate::perform::Performer;
@@ -36,6 +38,16 @@ pub struct Settings {
     pub agent_service: String,
     /// Where agents listen.
     pub agent_port: u16,
+    /// Service account of the agents.
+    pub agent_account: String,
+    /// Where the certificate authority is kept.
+    pub ca: Names,
+    /// The controller's key.
+    pub identity: Arc<Identity>,
+    /// How long certificates last.
+    pub certificate_life: Duration,
+    /// How long a grant lasts unless it is given again.
+    pub grant_life: Duration,
 }
 
 /// How far back the clock may be set without notice.
@@ -50,8 +62,23 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     let agents = Agents::default();
     let stop = CancellationToken::new();
     let _stopped_with_this = stop.clone().drop_guard();
-    let fleet = Fleet::new(term.clone(), agents.clone(), fleet_events, stop);
+    let identity = settings.identity.clone();
+    let (life, ca) = (settings.certificate_life, settings.ca.clone());
+    let keeper = Keeper::new(client.clone(), ca, identity.clone(), life, health.clone());
+    let account = (settings.namespace.as_str(), settings.agent_account.as_str());
+    let mut standing = keeper.standing();
+    let enrolment = Enrolment::new(
+        client.clone(),
+        account,
+        term.clone(),
+        identity,
+        standing.clone(),
+        life,
+        health.clone(),
+    );
+    let fleet = Fleet::new(term.clone(), agents.clone(), fleet_events, Arc::new(enrolment), stop);
     let mut watches = JoinSet::new();
+    watches.spawn(keeper.run());
     watches.spawn(watch::pods(client.clone(), events.clone()));
     watches.spawn(watch::namespaces(client.clone(), events.clone()));
     watches.spawn(watch::nodes(client.clone(), events.clone()));
@@ -59,9 +86,12 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     let agents_of = (settings.namespace.clone(), settings.agent_service.clone());
     let agents_client = client.clone();
     watches.spawn(async move {
+        // Before there is an authority no agent can be spoken to.
+        let _ = standing.wait_for(Option::is_some).await;
         watch::agents(agents_client, &agents_of.0, &agents_of.1, settings.agent_port, fleet).await;
     });
-    let mut performer = Performer::new(client, &settings.me, agents, term, events, health.clone());
+    let mut performer =
+        Performer::new(client, &settings.me, (agents, settings.grant_life), term, events, health.clone());
     let mut state = State::new(settings.policy);
     let mut again = None;
     let mut clock = Clock { wall: Timestamp::now(), steady: Instant::now() };

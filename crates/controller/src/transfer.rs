@@ -11,15 +11,18 @@ use tote_rpc::v1::import_event::Event as Wire;
 use tote_rpc::{AgentClient, v1::Cause};
 
 use crate::decide::{Event, TransferEvent};
+use crate::fleet::Grants;
 use crate::salvage::Progress;
 
 /// How long an agent may take to answer a call; a stream has no such limit, its connection is pinged.
 const CALL: Duration = Duration::from_secs(10);
 
-/// Follows a transfer to its end; tells everything as events of `stream`.
+/// Follows a transfer to its end; tells everything as events of `stream`. Its sources are told before it begins that the
+/// target may read, and after its end that it may no longer.
 pub async fn follow(
     client: Option<AgentClient>,
-    request: v1::ImportRequest,
+    mut request: v1::ImportRequest,
+    mut grants: Grants,
     uid: Arc<str>,
     stream: u64,
     events: mpsc::Sender<Event>,
@@ -32,15 +35,40 @@ pub async fn follow(
         tell(TransferEvent::Lost { message: "the agent has no session".to_owned() }).await;
         return;
     };
+    let refused = grants.give().await;
+    let named = request.sources.len();
+    request.sources.retain(|source| !refused.iter().any(|(node, _)| **node == *source.node_name));
+    if request.sources.is_empty() && named > 0 {
+        let reasons = refused.iter().map(|(node, reason)| format!("{node}: {reason}")).collect::<Vec<_>>();
+        tell(TransferEvent::Lost { message: format!("no source lets it read: {}", reasons.join("; ")) })
+            .await;
+        return;
+    }
+    let ended = tokio::select! {
+        ended = attached(&mut client, request, &tell) => ended,
+        () = grants.keep() => return,
+    };
+    // A transfer that goes on without this stream is attached to again.
+    if ended {
+        grants.revoke().await;
+    }
+}
+
+/// Tells what a transfer does; returns whether it has ended.
+async fn attached<T, R>(client: &mut AgentClient, request: v1::ImportRequest, tell: &T) -> bool
+where
+    T: Fn(TransferEvent) -> R,
+    R: Future<Output = bool>,
+{
     let mut incoming = match timeout(CALL, client.import(request)).await {
         Ok(Ok(response)) => response.into_inner(),
         Ok(Err(status)) => {
             tell(refused(&status)).await;
-            return;
+            return false;
         }
         Err(_) => {
             tell(TransferEvent::Lost { message: format!("no answer within {CALL:?}") }).await;
-            return;
+            return false;
         }
     };
     loop {
@@ -53,8 +81,9 @@ pub async fn follow(
             Err(status) => refused(&status),
         };
         let goes_on = matches!(event, TransferEvent::Progress(_));
+        let ended = matches!(event, TransferEvent::Done(_) | TransferEvent::Failed { .. });
         if !tell(event).await || !goes_on {
-            return;
+            return ended;
         }
     }
 }

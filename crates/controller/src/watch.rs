@@ -284,6 +284,7 @@ fn endpoints(slice: &EndpointSlice, port: u16) -> Vec<Endpoint> {
                 address: SocketAddr::new(ip, port),
                 // `ready` is always true where not-ready addresses are published; `serving` tells.
                 ready: conditions.serving.or(conditions.ready).unwrap_or(true),
+                pod_uid: endpoint.target_ref.as_ref().and_then(|pod| pod.uid.clone()),
             })
         })
         .collect()

@@ -131,6 +131,18 @@ impl Node {
         self.exec(&words)
     }
 
+    /// The process of a container that runs, as the machine numbers it.
+    ///
+    /// # Errors
+    /// There is no such container; the message has those that there are.
+    pub fn process(&self, container: &str) -> Result<u32> {
+        let table = self.ctr(&["tasks", "list"])?;
+        let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = rows.find(|row| row.first() == Some(&container));
+        let pid = row.and_then(|row| row.get(1)?.parse().ok());
+        pid.with_context(|| format!("container {container} is not on node {}:\n{table}", self.name()))
+    }
+
     /// Imports an image archive (OCI layout or `docker save`, a tar file of the
     /// machine's) under the names that it gives.
     ///

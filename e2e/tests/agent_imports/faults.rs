@@ -34,13 +34,13 @@ impl Transfer {
     /// second run took.
     fn interrupted(&self, target: &mut Node, fault: impl FnOnce(&mut Node)) -> u64 {
         block_on(async {
-            let sources = vec![self.holder.source()];
+            let sources = &[&self.holder][..];
             let mut events = target.attach(ID, &self.reference, self.image.digest(), sources).await.unwrap();
             until_moved(&mut events, 0.3).await;
         });
         fault(target);
         let done = block_on(async {
-            let sources = vec![self.holder.source()];
+            let sources = &[&self.holder][..];
             let mut events = target.attach(ID, &self.reference, self.image.digest(), sources).await.unwrap();
             ended(&mut events).await
         });
@@ -90,7 +90,7 @@ fn the_source_killed() {
     transfer.source.pull(&dying, &transfer.reference);
     let target = Node::start(Containerd::V2, Overlayfs, CAP);
     let mut events = block_on(async {
-        let sources = vec![dying.source(), transfer.holder.source()];
+        let sources = &[&dying, &transfer.holder][..];
         let attached = target.attach(ID, &transfer.reference, transfer.image.digest(), sources);
         let mut events = attached.await.unwrap();
         until_moved(&mut events, 0.3).await;
@@ -112,7 +112,7 @@ fn cancelled_it_leaves_nothing() {
         let mut target = Node::start(version, Overlayfs, CAP);
         for killed in [false, true] {
             let mut events = block_on(async {
-                let sources = vec![transfer.holder.source()];
+                let sources = &[&transfer.holder][..];
                 let attached = target.attach(ID, &transfer.reference, transfer.image.digest(), sources);
                 let mut events = attached.await.unwrap();
                 until_moved(&mut events, 0.3).await;
@@ -142,7 +142,7 @@ fn a_pull_at_the_same_time_does_no_damage() {
         for share in [0.1, 0.5] {
             let target = Node::start(version, Overlayfs, CAP);
             let done = block_on(async {
-                let sources = vec![transfer.holder.source()];
+                let sources = &[&transfer.holder][..];
                 let attached = target.attach(ID, &transfer.reference, transfer.image.digest(), sources);
                 let mut events = attached.await.unwrap();
                 until_moved(&mut events, share).await;
@@ -163,10 +163,10 @@ fn two_names_at_once_move_one_image() {
     let target = Node::start(Containerd::V2, Overlayfs, None);
     let second = "registry.test/second/name:1";
     let (one, two) = block_on(async {
-        let sources = || vec![transfer.holder.source()];
+        let sources = &[&transfer.holder][..];
         let digest = transfer.image.digest();
-        let mut one = target.attach("one", &transfer.reference, digest, sources()).await.unwrap();
-        let mut two = target.attach("two", second, digest, sources()).await.unwrap();
+        let mut one = target.attach("one", &transfer.reference, digest, sources).await.unwrap();
+        let mut two = target.attach("two", second, digest, sources).await.unwrap();
         tokio::join!(ended(&mut one), ended(&mut two))
     });
     let moved = one.unwrap().transferred_bytes + two.unwrap().transferred_bytes;
@@ -185,11 +185,11 @@ fn bad_requests_are_refused_by_field() {
             ("t", "x", digest.as_str(), "reference"),
             ("t", "docker.io/library/x:1", "sha256:0", "digest"),
         ] {
-            let status = node.attach(id, reference, digest, vec![]).await.unwrap_err();
+            let status = node.attach(id, reference, digest, &[]).await.unwrap_err();
             assert_eq!(status.code(), tonic::Code::InvalidArgument);
             assert!(status.message().starts_with(says), "{status}");
         }
-        let mut events = node.attach("t", "docker.io/library/x:1", &digest, vec![]).await.unwrap();
+        let mut events = node.attach("t", "docker.io/library/x:1", &digest, &[]).await.unwrap();
         let first = events.message().await.unwrap().unwrap().event.unwrap();
         assert!(matches!(first, Event::Progress(_) | Event::Failed(_)), "{first:?}");
     });

@@ -8,6 +8,7 @@ mod node;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -15,9 +16,10 @@ use tote_e2e::containerd::Snapshotter;
 use tote_e2e::images::Layout;
 use tote_e2e::images::{PRESETS, preset};
 use tote_e2e::tools::Containerd;
+use tote_rpc::identity::Role;
 use tote_rpc::v1::Cause;
 
-use node::{Node, Source, block_on};
+use node::{Node, PKI, Source, block_on};
 
 /// Each version as source and as target, every kind of image, both snapshotters.
 #[test]
@@ -114,31 +116,91 @@ fn a_session_tells_of_an_image_at_once() {
     }
 }
 
-/// A client that is not ours: skopeo takes an image from an agent by digest.
+/// Writes a certificate for a node and what else a client of a registry needs to show it.
+fn files_of(node: &str) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let files = PKI.files(&Role::Node(node.into()), None);
+    for (name, text) in
+        [("client.cert", &files.certificate), ("client.key", &files.key), ("ca.crt", &files.authority)]
+    {
+        std::fs::write(directory.path().join(name), text).unwrap();
+    }
+    directory
+}
+
+/// A client that is not ours: skopeo takes an image from an agent by digest, if it was granted to the node whose
+/// certificate it shows.
 #[test]
 fn skopeo_pulls_from_an_agent() {
     let source = Source::start();
+    let files = files_of("skopeo");
+    let pull = |node: &Node, digest: &str, to: &Path, certificates: &Path| {
+        let output = Command::new("skopeo")
+            .args(["copy", "--src-cert-dir", certificates.to_str().unwrap()])
+            .arg(format!("docker://{}/some/name@{digest}", node.address()))
+            .arg(format!("dir:{}", to.display()))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() { Ok(()) } else { Err(said) }
+    };
     for version in Containerd::ALL {
         let node = Node::start(version, Snapshotter::Overlayfs, None);
         for name in ["tiny", "docker", "many-layers", "debian-zstd"] {
             let (image, reference) = source.push(name, "skopeo");
             source.pull(&node, &reference);
             let to = tempfile::tempdir().unwrap();
-            let output = Command::new("skopeo")
-                .args(["copy", "--src-tls-verify=false"])
-                .arg(format!("docker://{}/some/name@{}", node.address(), image.digest()))
-                .arg(format!("dir:{}", to.path().display()))
-                .output()
-                .unwrap();
-            let said = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "{name} of {version}: {said}");
+            let refused = pull(&node, image.digest(), to.path(), files.path()).unwrap_err();
+            assert!(refused.contains("denied"), "{name} of {version}: {refused}");
+            block_on(node.grant("for-skopeo", "skopeo", image.digest()));
+            pull(&node, image.digest(), to.path(), files.path()).unwrap();
             let host = image.host().unwrap();
             for layer in &host.layers {
                 let (_, hex) = layer.digest.split_once(':').unwrap();
                 assert_eq!(std::fs::metadata(to.path().join(hex)).unwrap().len(), layer.size, "{name}");
             }
+            // Another node's certificate does not do.
+            let other = files_of("another");
+            let refused = pull(&node, image.digest(), to.path(), other.path()).unwrap_err();
+            assert!(refused.contains("denied"), "{name} of {version}: {refused}");
         }
         node.check_tidy();
+    }
+}
+
+/// Nor is containerd's own pull: by `client` and `ca` of its hosts.toml.
+#[test]
+fn containerd_pulls_from_an_agent() {
+    let source = Source::start();
+    let files = files_of("containerd");
+    let path = |name: &str| files.path().join(name).display().to_string();
+    for version in Containerd::ALL {
+        let holder = Node::start(version, Snapshotter::Overlayfs, None);
+        let (image, reference) = source.push("two-platforms", "by-containerd");
+        source.pull(&holder, &reference);
+        let node = Node::start(version, Snapshotter::Overlayfs, None);
+        let certs = node.daemon.certs_d();
+        let host = certs.join("granted.test");
+        std::fs::create_dir_all(&host).unwrap();
+        let server = format!("https://{}", holder.address());
+        let hosts = format!(
+            "server = \"{server}\"\n[host.\"{server}\"]\n  capabilities = [\"pull\", \"resolve\"]\n  \
+             ca = \"{}\"\n  client = [[\"{}\", \"{}\"]]\n",
+            path("ca.crt"),
+            path("client.cert"),
+            path("client.key")
+        );
+        std::fs::write(host.join("hosts.toml"), hosts).unwrap();
+        let granted = format!("granted.test/some/name@{}", image.digest());
+        let mut pull = vec!["images", "pull", "--hosts-dir", certs.to_str().unwrap()];
+        if version == Containerd::V2 {
+            pull.push("--local");
+        }
+        pull.push(&granted);
+        assert!(node.daemon.ctr(&pull).is_err(), "{version}: without a grant");
+        block_on(holder.grant("for-containerd", "containerd", image.digest()));
+        node.daemon.ctr(&pull).unwrap();
+        node.check_whole(&granted, version.version());
     }
 }
 

@@ -22,7 +22,12 @@ use tote_e2e::images::{Image, Layout, preset};
 use tote_e2e::registry::{self, Control, Registry, hosts_toml};
 use tote_e2e::tools::Containerd;
 use tote_image::Digest;
+use tote_rpc::AgentClient;
+use tote_rpc::testing::Pki;
 use tote_rpc::v1::{self, import_event::Event, session_response::Message};
+
+/// Signs for all of these tests.
+pub static PKI: LazyLock<Pki> = LazyLock::new(Pki::new);
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
 
@@ -86,7 +91,7 @@ pub struct Node {
 impl Node {
     pub fn start(version: Containerd, snapshotter: Snapshotter, bandwidth: Option<&'static str>) -> Self {
         let daemon = Daemon::start(Options::new(version).snapshotter(snapshotter)).unwrap();
-        let name = format!("node-{}", daemon.dir().file_name().unwrap().to_str().unwrap());
+        let name = format!("node-{}", daemon.dir().file_name().unwrap().to_str().unwrap().to_lowercase());
         let mut node = Self { daemon, name, bandwidth, agent: None };
         node.start_agent();
         node
@@ -102,12 +107,14 @@ impl Node {
             max_bandwidth: self.bandwidth.map(|rate| rate.parse().unwrap()),
             patience: Patience::default(),
             lifetimes: Lifetimes::default(),
+            identity: PKI.node(&self.name, "127.0.0.1"),
+            mounts: None,
         };
         let socket = self.daemon.socket();
         runtime.spawn(async move {
             let containerd = Arc::new(Client::new(&socket));
             let listener = TcpListener::from_std(listener).unwrap();
-            run(containerd, settings, listener, None, CancellationToken::new()).await;
+            run(containerd, settings, listener, None, CancellationToken::new()).await.unwrap();
         });
         self.agent = Some((runtime, address));
     }
@@ -126,21 +133,42 @@ impl Node {
         v1::Source { node_name: self.name.clone(), address: self.address().to_string() }
     }
 
-    /// Starts an import or attaches to it.
+    /// As the leader calls it.
+    pub async fn agent(&self) -> AgentClient {
+        let connection = tote_rpc::connect(self.address(), &self.name, &PKI.controller()).await.unwrap();
+        connection.into_client().unwrap()
+    }
+
+    /// Lets another node read an image from this one, as the leader would.
+    pub async fn grant(&self, id: &str, reader: &str, digest: &str) {
+        let request = v1::GrantRequest {
+            term: Some(term()),
+            transfer_id: id.to_owned(),
+            node_name: reader.to_owned(),
+            digest: digest.to_owned(),
+            seconds: 300,
+        };
+        self.agent().await.grant(request).await.unwrap();
+    }
+
+    /// Starts an import or attaches to it, once the holders let this node read.
     pub async fn attach(
         &self,
         id: &str,
         reference: &str,
         digest: &str,
-        sources: Vec<v1::Source>,
+        holders: &[&Node],
     ) -> Result<Streaming<v1::ImportEvent>, tonic::Status> {
-        let mut agent = tote_rpc::connect(self.address()).await.unwrap();
+        for holder in holders {
+            holder.grant(id, &self.name, digest).await;
+        }
+        let mut agent = self.agent().await;
         let request = v1::ImportRequest {
             term: Some(term()),
             transfer_id: id.to_owned(),
             reference: reference.to_owned(),
             digest: digest.to_owned(),
-            sources,
+            sources: holders.iter().map(|holder| holder.source()).collect(),
         };
         agent.import(request).await.map(tonic::Response::into_inner)
     }
@@ -154,20 +182,19 @@ impl Node {
         holders: &[&Node],
     ) -> Result<v1::Done, v1::Failed> {
         let id = format!("{id}-{}", &digest[digest.len() - 8..]);
-        let sources = holders.iter().map(|holder| holder.source()).collect();
-        block_on(async { ended(&mut self.attach(&id, reference, digest, sources).await.unwrap()).await })
+        block_on(async { ended(&mut self.attach(&id, reference, digest, holders).await.unwrap()).await })
     }
 
     pub fn cancel(&self, id: &str) -> bool {
         block_on(async {
-            let mut agent = tote_rpc::connect(self.address()).await.unwrap();
+            let mut agent = self.agent().await;
             let request = v1::CancelRequest { term: Some(term()), transfer_id: id.to_owned() };
             agent.cancel(request).await.unwrap().into_inner().found
         })
     }
 
     pub async fn session(&self) -> Session {
-        let mut agent = tote_rpc::connect(self.address()).await.unwrap();
+        let mut agent = self.agent().await;
         let (sender, receiver) = tokio::sync::mpsc::channel(1);
         let hello = v1::Hello { term: Some(term()), node_name: self.name.clone() };
         let hello = v1::SessionRequest { message: Some(v1::session_request::Message::Hello(hello)) };

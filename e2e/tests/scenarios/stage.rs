@@ -22,9 +22,13 @@ use crate::play::Play;
 /// The cluster's name.
 const CLUSTER: &str = "test";
 
-/// Agents are capped, so that a transfer of hundreds of megabytes can be disturbed in its middle.
-pub const VALUES: &[(&str, &str)] =
-    &[("agent.maxBandwidth", "25Mi"), ("controller.maxConcurrentSalvages", "6")];
+/// Agents are capped, so that a transfer of hundreds of megabytes can be disturbed in its middle. Certificates are renewed
+/// every minute, so that every scenario has renewals in its middle.
+pub const VALUES: &[(&str, &str)] = &[
+    ("agent.maxBandwidth", "25Mi"),
+    ("controller.maxConcurrentSalvages", "6"),
+    ("tls.certificateLifetime", "2m"),
+];
 
 /// How many scenarios play at once: they mostly wait, but two cores carry no more without missing deadlines.
 const TURNS: usize = 7;

@@ -11,6 +11,7 @@ use thiserror::Error;
 use tokio::time::timeout;
 use tote_image::{Digest, Reference};
 use tote_rpc::BlobClient;
+use tote_rpc::identity::{Peer, Role};
 
 use super::bandwidth::Bandwidth;
 use super::request::Source;
@@ -92,7 +93,7 @@ pub async fn open(
 ) -> Result<Body, FetchError> {
     let (address, name) = (source.address, path(reference));
     let part = if kind == Kind::Manifest { "manifests" } else { "blobs" };
-    let uri = format!("http://{address}/v2/{name}/{part}/{digest}?ns={}", reference.registry());
+    let uri = format!("https://{address}/v2/{name}/{part}/{digest}?ns={}", reference.registry());
     let mut request = Request::get(uri);
     if offset > 0 {
         request = request.header(header::RANGE, format!("bytes={offset}-"));
@@ -102,6 +103,13 @@ pub async fn open(
         .await
         .map_err(|_| FetchError::Broken(format!("no answer within {} s", patience.head.as_secs_f32())))?
         .map_err(|error| FetchError::Broken(told(&error)))?;
+    match response.extensions().get::<Peer>().map(|peer| &peer.role) {
+        Some(Role::Node(name)) if **name == *source.node => {}
+        other => {
+            let who = other.map_or_else(|| "nobody that is known".to_owned(), ToString::to_string);
+            return Err(FetchError::Broken(format!("at {address} is {who}, not the agent of that node")));
+        }
+    }
     let length = response
         .headers()
         .get(header::CONTENT_LENGTH)
@@ -116,6 +124,11 @@ pub async fn open(
             }
         }
         (StatusCode::NOT_FOUND, _) => return Err(FetchError::Missing),
+        (StatusCode::FORBIDDEN, _) => {
+            return Err(FetchError::Broken(
+                "refuses: the controller has not granted this node to read it".to_owned(),
+            ));
+        }
         (status, _) => return Err(FetchError::Broken(format!("answered {status}"))),
     }
     let left = size.unwrap_or(most).saturating_sub(offset);

@@ -101,6 +101,11 @@ impl Imports {
         }
     }
 
+    /// The node's containerd.
+    pub fn containerd(&self) -> &dyn containerd::Containerd {
+        self.context.containerd.as_ref()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<TransferId, Arc<Transfer>>> {
         self.transfers.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -51,6 +51,13 @@ pub struct RequestError {
     reason: String,
 }
 
+impl RequestError {
+    /// A field whose value is wrong.
+    pub fn new(field: &'static str, value: &str, reason: &dyn std::fmt::Display) -> Self {
+        wrong(field, value, reason)
+    }
+}
+
 fn wrong(field: &'static str, value: &str, reason: &dyn std::fmt::Display) -> RequestError {
     RequestError { field, value: value.chars().take(300).collect(), reason: reason.to_string() }
 }

@@ -14,6 +14,8 @@ use crate::containerd::Error;
 #[derive(Clone, Debug)]
 pub(super) enum Refusal {
     ReadOnly,
+    /// It was not granted to whoever asks.
+    Denied,
     NotFound(String),
     NameInvalid(String),
     DigestInvalid(String),
@@ -29,6 +31,7 @@ impl Refusal {
     pub(super) fn code(&self) -> &'static str {
         match self {
             Self::ReadOnly => "UNSUPPORTED",
+            Self::Denied => "DENIED",
             Self::NotFound(_) => "NOT_FOUND",
             Self::NameInvalid(_) => "NAME_INVALID",
             Self::DigestInvalid(_) => "DIGEST_INVALID",
@@ -42,6 +45,7 @@ impl Refusal {
     fn status(&self) -> StatusCode {
         match self {
             Self::ReadOnly => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Denied => StatusCode::FORBIDDEN,
             Self::NotFound(_) | Self::ManifestUnknown(_) | Self::BlobUnknown(_) => StatusCode::NOT_FOUND,
             Self::NameInvalid(_) | Self::DigestInvalid(_) => StatusCode::BAD_REQUEST,
             Self::Range(_) => StatusCode::RANGE_NOT_SATISFIABLE,
@@ -52,6 +56,7 @@ impl Refusal {
     fn message(&self) -> String {
         match self {
             Self::ReadOnly => "this registry is read-only".to_owned(),
+            Self::Denied => "the controller has not granted this to the caller".to_owned(),
             Self::NotFound(path) => format!("no such path: {path}"),
             Self::NameInvalid(name) => format!("not a repository name: {name}"),
             Self::ManifestUnknown(what) => format!("no such manifest on this node: {what}"),

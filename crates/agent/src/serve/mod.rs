@@ -1,10 +1,13 @@
 //! The OCI distribution API over what the node's containerd holds, read-only. Peers pull from it; any client of
 //! a registry can.
 //!
+//! A node reads what the controller granted it, and nothing else; what there is else, it is not told.
+//!
 //! Names are not checked for blobs: a digest says what it is. A tag means something only together with the
 //! registry it is a tag of, which clients of a mirror give as `?ns=`.
 
 mod answer;
+mod grants;
 mod path;
 
 use std::sync::Arc;
@@ -16,9 +19,13 @@ use axum::response::Response;
 use futures::TryStreamExt;
 use http::{HeaderMap, Method};
 use serde::Deserialize;
+use tokio::time::Instant;
 use tote_image::{Digest, Document, MAX_DOCUMENT_BYTES, Reference};
+use tote_rpc::Refusal as Refused;
+use tote_rpc::identity::{Peer, Role};
 
 use self::answer::Refusal;
+pub use self::grants::{GrantError, Grants, blobs_below};
 use self::path::{Asked, Path, Version};
 use crate::containerd::{Containerd, Error};
 use crate::metrics::Metrics;
@@ -30,6 +37,30 @@ pub struct Served {
     pub containerd: Arc<dyn Containerd>,
     /// Where served bytes are counted.
     pub metrics: Arc<Metrics>,
+    /// Who may read what.
+    pub grants: Grants,
+}
+
+/// Who asks.
+struct Reader<'a> {
+    served: &'a Served,
+    node: String,
+}
+
+impl Reader<'_> {
+    /// Refuses what was not granted to it.
+    fn may_read(&self, digest: &Digest) -> Result<(), Refusal> {
+        if self.served.grants.allow(&self.node, digest, Instant::now()) {
+            return Ok(());
+        }
+        Err(self.denied(digest.as_str()))
+    }
+
+    fn denied(&self, what: &str) -> Refusal {
+        tracing::info!(node = self.node, what, "refused: not granted");
+        self.served.metrics.refused(Refused::Grant);
+        Refusal::Denied
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -47,11 +78,17 @@ async fn handle(State(served): State<Served>, request: Request) -> Response {
     if parts.method != Method::GET && parts.method != Method::HEAD {
         return Refusal::ReadOnly.into();
     }
+    let Some(Peer { role: Role::Node(node), .. }) = parts.extensions.get::<Peer>() else {
+        // The controller has no business here, and there is nobody else.
+        served.metrics.refused(Refused::Role);
+        return Refusal::Denied.into();
+    };
+    let reader = Reader { served: &served, node: node.to_string() };
     let params = Query::<Params>::try_from_uri(&parts.uri).map(|params| params.0).unwrap_or_default();
     let answer = match path::parse(parts.uri.path()) {
         Ok(Asked::Version) => Ok(answer::version()),
-        Ok(Asked::Manifest(path)) => manifest(&served, &path, params.ns.as_deref(), &parts.headers).await,
-        Ok(Asked::Blob(digest)) => blob(&served, &digest, &parts.headers).await,
+        Ok(Asked::Manifest(path)) => manifest(&reader, &path, params.ns.as_deref(), &parts.headers).await,
+        Ok(Asked::Blob(digest)) => blob(&reader, &digest, &parts.headers).await,
         Err(refusal) => Err(refusal),
     };
     let mut response = answer.unwrap_or_else(Response::from);
@@ -63,15 +100,17 @@ async fn handle(State(served): State<Served>, request: Request) -> Response {
 }
 
 async fn manifest(
-    served: &Served,
+    reader: &Reader<'_>,
     path: &Path,
     ns: Option<&str>,
     headers: &HeaderMap,
 ) -> Result<Response, Refusal> {
     let digest = match &path.version {
         Version::Digest(digest) => digest.clone(),
-        Version::Tag(tag) => resolve(served, &path.name, tag, ns).await?,
+        Version::Tag(tag) => resolve(reader, &path.name, tag, ns).await?,
     };
+    reader.may_read(&digest)?;
+    let served = reader.served;
     let unknown = || Refusal::ManifestUnknown(digest.to_string());
     let found = served.containerd.blob(&digest).await?.ok_or_else(unknown)?;
     if found.size > MAX_DOCUMENT_BYTES {
@@ -91,18 +130,21 @@ async fn manifest(
     Ok(answer::content(&digest, &media_type, length, range, body))
 }
 
-async fn resolve(served: &Served, name: &str, tag: &str, ns: Option<&str>) -> Result<Digest, Refusal> {
-    let unknown = || Refusal::ManifestUnknown(format!("{name}:{tag}"));
+/// What a tag means here; that there is no such tag is not told from that it is not granted.
+async fn resolve(reader: &Reader<'_>, name: &str, tag: &str, ns: Option<&str>) -> Result<Digest, Refusal> {
+    let unknown = || reader.denied(&format!("{name}:{tag}"));
     let Some(ns) = ns else {
         let message = format!("{name}:{tag}: a tag is looked up with ?ns=<registry> only");
         return Err(Refusal::ManifestUnknown(message));
     };
     let reference: Reference = format!("{ns}/{name}:{tag}").parse().map_err(|_| unknown())?;
-    let record = served.containerd.image(&reference.to_string()).await?.ok_or_else(unknown)?;
+    let record = reader.served.containerd.image(&reference.to_string()).await?.ok_or_else(unknown)?;
     Ok(record.target.digest)
 }
 
-async fn blob(served: &Served, digest: &Digest, headers: &HeaderMap) -> Result<Response, Refusal> {
+async fn blob(reader: &Reader<'_>, digest: &Digest, headers: &HeaderMap) -> Result<Response, Refusal> {
+    reader.may_read(digest)?;
+    let served = reader.served;
     let unknown = || Refusal::BlobUnknown(digest.to_string());
     let found = served.containerd.blob(digest).await?.ok_or_else(unknown)?;
     let range = answer::range(headers, found.size)?;
@@ -112,9 +154,24 @@ async fn blob(served: &Served, digest: &Digest, headers: &HeaderMap) -> Result<R
         Err(Error::NotFound(_)) => return Err(unknown()),
         other => other?,
     };
+    let (grants, node, blob) = (served.grants.clone(), reader.node.clone(), digest.clone());
+    // A grant that ends, ends what is under way.
+    let pieces = pieces.map_err(Cut::Containerd).and_then(move |piece| {
+        let granted = grants.allow(&node, &blob, Instant::now());
+        std::future::ready(if granted { Ok(piece) } else { Err(Cut::Ended) })
+    });
     let pieces = pieces.inspect_ok(move |piece| metrics.served(piece.len() as u64));
     let body = Body::from_stream(pieces);
     Ok(answer::content(digest, "application/octet-stream", found.size, range, body))
+}
+
+/// Why a body breaks off.
+#[derive(Debug, thiserror::Error)]
+enum Cut {
+    #[error(transparent)]
+    Containerd(Error),
+    #[error("the grant has ended")]
+    Ended,
 }
 
 #[cfg(test)]

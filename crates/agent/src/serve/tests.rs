@@ -1,16 +1,21 @@
 //! The distribution API over the fake containerd, as an HTTP client sees it.
 
+use std::time::Duration;
+
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use tower::ServiceExt;
 
 use super::*;
 use crate::containerd::Fake;
+use crate::import::TransferId;
 use crate::testing::{Blobs, tar};
 
 struct Registry {
     router: Router,
     image: Blobs,
+    grants: Grants,
+    metrics: Arc<Metrics>,
 }
 
 impl Registry {
@@ -18,14 +23,46 @@ impl Registry {
         let fake = Fake::default();
         let image = Blobs::image(&[tar(&[("a", b"some bytes")])]).indexed();
         image.pull_into(&fake, "registry.test/a/b:1");
-        let served = Served { containerd: Arc::new(fake), metrics: Arc::default() };
-        Self { router: router(served), image }
+        let (grants, metrics) = (Grants::default(), Arc::<Metrics>::default());
+        let served = Served { containerd: Arc::new(fake), metrics: metrics.clone(), grants: grants.clone() };
+        let registry = Self { router: router(served), image, grants, metrics };
+        registry.grant("reader", &registry.image.digests());
+        registry
+    }
+
+    fn refused(&self, reason: &str) -> u64 {
+        let mut registry = prometheus_client::registry::Registry::default();
+        self.metrics.register(&mut registry);
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let name = format!("tote_agent_refused_total{{reason=\"{reason}\"}} ");
+        text.lines().find_map(|line| line.strip_prefix(&name)).unwrap().parse().unwrap()
+    }
+
+    fn grant(&self, reader: &str, blobs: &[Digest]) {
+        let (id, now) = (TransferId::parse(&format!("for-{reader}")).unwrap(), Instant::now());
+        let blobs = blobs.iter().cloned().collect();
+        self.grants.give(id, reader.to_owned(), blobs, now + Duration::from_secs(60), now).unwrap();
     }
 
     async fn ask(&self, method: &str, path: &str, range: &str) -> (StatusCode, HeaderMap, Vec<u8>) {
+        self.ask_as(Some(Role::Node("reader".into())), method, path, range).await
+    }
+
+    async fn ask_as(
+        &self,
+        role: Option<Role>,
+        method: &str,
+        path: &str,
+        range: &str,
+    ) -> (StatusCode, HeaderMap, Vec<u8>) {
         let mut request = Request::builder().method(method).uri(path);
         if !range.is_empty() {
             request = request.header("range", range);
+        }
+        let (not_before, not_after) = (std::time::UNIX_EPOCH, std::time::UNIX_EPOCH);
+        if let Some(role) = role {
+            request = request.extension(Peer { role, not_before, not_after });
         }
         let answer = self.router.clone().oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
         let (parts, body) = answer.into_parts();
@@ -88,12 +125,13 @@ async fn serves_blobs_and_parts_of_them() {
 async fn refuses_in_the_specifications_words() {
     let registry = Registry::new();
     let (absent, layer) = (Digest::sha256(b"absent"), &registry.image.layers[0].digest);
+    registry.grant("reader", &[absent.clone(), layer.clone()]);
     for (method, path, status, code) in [
         ("GET", format!("/v2/a/blobs/{absent}"), 404, "BLOB_UNKNOWN"),
         ("GET", format!("/v2/a/manifests/{absent}"), 404, "MANIFEST_UNKNOWN"),
         ("GET", format!("/v2/a/manifests/{layer}"), 404, "MANIFEST_UNKNOWN"),
         ("GET", "/v2/a/b/manifests/1".to_owned(), 404, "MANIFEST_UNKNOWN"),
-        ("GET", "/v2/a/b/manifests/2?ns=registry.test".to_owned(), 404, "MANIFEST_UNKNOWN"),
+        ("GET", "/v2/a/b/manifests/2?ns=registry.test".to_owned(), 403, "DENIED"),
         ("GET", "/v2/a/blobs/sha256:12".to_owned(), 400, "DIGEST_INVALID"),
         ("PUT", "/v2/a/manifests/x".to_owned(), 405, "UNSUPPORTED"),
         ("POST", "/v2/a/blobs/uploads/".to_owned(), 405, "UNSUPPORTED"),
@@ -106,4 +144,52 @@ async fn refuses_in_the_specifications_words() {
         assert_eq!(body["errors"][0]["code"], code, "{path}");
     }
     assert_eq!(registry.ask("GET", "/v2/", "").await.0, StatusCode::OK);
+}
+
+/// What is there and what is not look the same to whoever was granted nothing, or something else.
+#[tokio::test]
+async fn only_what_was_granted_is_told_of() {
+    let registry = Registry::new();
+    registry.grant("other", &[Digest::sha256(b"something else")]);
+    let (target, layer) = (&registry.image.target.digest, &registry.image.layers[0].digest);
+    let refused = || registry.refused("grant");
+    let node = |name: &str| Some(Role::Node(name.into()));
+    for role in [node("other"), node("nobody"), Some(Role::Controller), None] {
+        for (path, status) in [
+            (format!("/v2/a/b/manifests/{target}"), 403),
+            ("/v2/a/b/manifests/1?ns=registry.test".to_owned(), 403),
+            ("/v2/a/b/manifests/nothing?ns=registry.test".to_owned(), 403),
+            (format!("/v2/a/b/blobs/{layer}"), 403),
+            (format!("/v2/a/b/blobs/{}", Digest::sha256(b"absent")), 403),
+        ] {
+            for method in ["GET", "HEAD"] {
+                let before = (refused(), registry.refused("role"));
+                let (found, headers, _) = registry.ask_as(role.clone(), method, &path, "").await;
+                assert_eq!(found.as_u16(), status, "{role:?} {path}");
+                assert!(!headers.contains_key("docker-content-digest"), "{role:?} {path}: {headers:?}");
+                let after = (refused(), registry.refused("role"));
+                let by_role = !matches!(role, Some(Role::Node(_)));
+                let wanted = (before.0 + u64::from(!by_role), before.1 + u64::from(by_role));
+                assert_eq!(after, wanted, "{role:?} {path} is counted");
+            }
+        }
+    }
+    assert_eq!(registry.ask("GET", &format!("/v2/a/b/manifests/{target}"), "").await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_grant_that_ends_cuts_off_what_is_under_way() {
+    let registry = Registry::new();
+    let path = format!("/v2/a/b/blobs/{}", registry.image.layers[0].digest);
+    let peer = Peer {
+        role: Role::Node("reader".into()),
+        not_before: std::time::UNIX_EPOCH,
+        not_after: std::time::UNIX_EPOCH,
+    };
+    let request = Request::get(&path).extension(peer).body(Body::empty()).unwrap();
+    let answer = registry.router.clone().oneshot(request).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    assert!(registry.grants.revoke(&TransferId::parse("for-reader").unwrap(), Instant::now()));
+    let error = answer.into_body().collect().await.unwrap_err();
+    assert!(error.to_string().contains("the grant has ended"), "{error}");
 }

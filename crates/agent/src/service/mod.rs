@@ -12,14 +12,18 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tote_rpc::Refusal;
+use tote_rpc::identity::is_node_name;
 use tote_rpc::v1::{self, agent_server, session_request};
 
-use self::term::Terms;
+pub use self::term::Terms;
 use crate::containerd::Facts;
+use crate::identity::{IdentityError, Standing};
 use crate::import::{AttachError, Attached, ImportRequest, Imports, RequestError, TransferId};
 use crate::inventory::Inventory;
 use crate::metrics::Metrics;
+use crate::serve::{GrantError, Grants, blobs_below};
 
 /// The least time between two progress events.
 const PROGRESS_SPACING: Duration = Duration::from_millis(200);
@@ -29,6 +33,9 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How many messages of a session may wait for a slow controller.
 const SESSION_QUEUE: usize = 4;
+
+/// The longest life of a grant, in seconds.
+const LONGEST_GRANT: u64 = 86_400;
 
 /// What is known of the node, as it changes; `None` until containerd has answered.
 pub type Known<T> = watch::Receiver<Option<T>>;
@@ -45,37 +52,65 @@ pub struct Service {
     pub facts: Known<Facts>,
     /// The node's images.
     pub inventory: Known<Arc<Inventory>>,
-    /// Where sessions are counted.
+    /// Where sessions and refusals are counted.
     pub metrics: Arc<Metrics>,
+    /// Who this agent is.
+    pub standing: Arc<Standing>,
+    /// Who may read what.
+    pub grants: Grants,
     /// Ends sessions when the agent stops.
     pub stop: CancellationToken,
-    terms: Terms,
+    /// Who has led so far.
+    pub terms: Terms,
 }
 
 impl Service {
-    /// A service for a node, with no leader known yet.
-    pub fn new(
-        node_name: String,
-        imports: Arc<Imports>,
-        facts: Known<Facts>,
-        inventory: Known<Arc<Inventory>>,
-        metrics: Arc<Metrics>,
-        stop: CancellationToken,
-    ) -> Self {
-        let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let epoch = format!("{:x}-{}", started.map_or(0, |since| since.as_nanos()), std::process::id());
-        Self { node_name, epoch, imports, facts, inventory, metrics, stop, terms: Terms::default() }
-    }
-
+    /// Refuses whoever does not lead. (That it is a controller was seen to before.)
     fn leads(&self, term: Option<&v1::Term>) -> Result<(), Status> {
         let term = term.ok_or_else(|| Status::invalid_argument("term: must be set"))?;
-        self.terms.admit(term)
+        self.terms.admit(term).inspect_err(|status| {
+            if status.code() == Code::FailedPrecondition {
+                self.metrics.refused(Refusal::Term);
+            }
+        })
     }
+}
+
+/// A name for this start of the agent that no other has.
+pub fn epoch() -> String {
+    let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    format!("{:x}-{}", started.map_or(0, |since| since.as_nanos()), std::process::id())
+}
+
+fn wrong(field: &'static str, value: &str, reason: &dyn std::fmt::Display) -> Status {
+    RequestError::new(field, value, reason).into()
 }
 
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
         Self::invalid_argument(error.to_string())
+    }
+}
+
+impl From<IdentityError> for Status {
+    fn from(error: IdentityError) -> Self {
+        match error {
+            IdentityError::NoToken | IdentityError::Token { .. } => Self::unavailable(error.to_string()),
+            IdentityError::Authorities(_) | IdentityError::Certificate(_) => {
+                Self::invalid_argument(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<GrantError> for Status {
+    fn from(error: GrantError) -> Self {
+        match error {
+            GrantError::Unknown(_) => Self::not_found(error.to_string()),
+            GrantError::Full => Self::resource_exhausted(error.to_string()),
+            GrantError::TooLarge(_) => Self::invalid_argument(error.to_string()),
+            GrantError::Containerd(_) => Self::unavailable(error.to_string()),
+        }
     }
 }
 
@@ -104,9 +139,7 @@ impl agent_server::Agent for Service {
         let Some(session_request::Message::Hello(hello)) = hello.and_then(|request| request.message) else {
             return Err(Status::invalid_argument("the first message of a session must be hello"));
         };
-        if let Some(term) = &hello.term {
-            self.terms.admit(term)?;
-        }
+        self.leads(hello.term.as_ref())?;
         if hello.node_name != self.node_name {
             let message =
                 format!("this is the agent of node {:?}, not {:?}", self.node_name, hello.node_name);
@@ -154,6 +187,56 @@ impl agent_server::Agent for Service {
         let id = TransferId::parse(&request.transfer_id)?;
         let found = self.imports.cancel(&id).await.map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(Response::new(v1::CancelResponse { found }))
+    }
+
+    async fn attest(
+        &self,
+        request: Request<v1::AttestRequest>,
+    ) -> Result<Response<v1::AttestResponse>, Status> {
+        self.leads(request.into_inner().term.as_ref())?;
+        let token = self.standing.token().await?;
+        Ok(Response::new(v1::AttestResponse { token }))
+    }
+
+    async fn certify(
+        &self,
+        request: Request<v1::CertifyRequest>,
+    ) -> Result<Response<v1::CertifyResponse>, Status> {
+        let request = request.into_inner();
+        self.leads(request.term.as_ref())?;
+        self.standing.certify(request.certificate, request.authorities)?;
+        Ok(Response::new(v1::CertifyResponse {}))
+    }
+
+    async fn grant(&self, request: Request<v1::GrantRequest>) -> Result<Response<v1::GrantResponse>, Status> {
+        let request = request.into_inner();
+        self.leads(request.term.as_ref())?;
+        let id = TransferId::parse(&request.transfer_id)?;
+        let digest = request.digest.parse();
+        let digest = digest.map_err(|error| wrong("digest", &request.digest, &error))?;
+        if !is_node_name(&request.node_name) {
+            return Err(wrong("node_name", &request.node_name, &"is no name of a node"));
+        }
+        let seconds =
+            u64::try_from(request.seconds).ok().filter(|seconds| (1..=LONGEST_GRANT).contains(seconds));
+        let seconds = seconds.ok_or_else(|| {
+            wrong("seconds", &request.seconds.to_string(), &format!("must be 1 to {LONGEST_GRANT}"))
+        })?;
+        let blobs = blobs_below(self.imports.containerd(), &digest).await?;
+        let (count, now) = (blobs.len(), Instant::now());
+        let until = now + Duration::from_secs(seconds);
+        self.grants.give(id, request.node_name, blobs, until, now)?;
+        Ok(Response::new(v1::GrantResponse { blobs: i64::try_from(count).unwrap_or(i64::MAX) }))
+    }
+
+    async fn revoke(
+        &self,
+        request: Request<v1::RevokeRequest>,
+    ) -> Result<Response<v1::RevokeResponse>, Status> {
+        let request = request.into_inner();
+        self.leads(request.term.as_ref())?;
+        let found = self.grants.revoke(&TransferId::parse(&request.transfer_id)?, Instant::now());
+        Ok(Response::new(v1::RevokeResponse { found }))
     }
 }
 

@@ -10,7 +10,7 @@ const RETIRED: usize = 16;
 
 /// The newest leadership heard of.
 #[derive(Debug, Default)]
-pub(super) struct Terms(Mutex<Heard>);
+pub struct Terms(Mutex<Heard>);
 
 #[derive(Debug, Default)]
 struct Heard {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -12,13 +12,22 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 use http::StatusCode;
 use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tote_agent::containerd::Fake;
-use tote_agent::import::{Bandwidth, Context, ImportRequest, Imports, Lifetimes, Patience};
-use tote_agent::serve::{Served, router};
+use tote_agent::import::{Bandwidth, Context, ImportRequest, Imports, Lifetimes, Patience, TransferId};
+use tote_agent::serve::{Grants, Served, router};
 use tote_agent::testing::Blobs;
 use tote_image::Digest;
+use tote_rpc::testing::{NoAgent, Pki};
 use tote_rpc::v1::{self, import_event::Event};
 use tower::ServiceExt;
+
+/// Signs for all of these tests.
+pub static PKI: LazyLock<Pki> = LazyLock::new(Pki::new);
+
+/// The node that imports.
+pub const READER: &str = "target";
 
 /// What a peer does when it is asked for a blob.
 #[derive(Clone, Debug)]
@@ -58,7 +67,14 @@ impl Peer {
         let address = listener.local_addr().unwrap();
         let tricks: Arc<Mutex<HashMap<Digest, Trick>>> = Arc::default();
         let asked: Arc<Mutex<HashMap<Digest, Vec<u64>>>> = Arc::default();
-        let api = router(Served { containerd: Arc::new(fake.clone()), metrics: Arc::default() });
+        let grants = Grants::default();
+        let served =
+            Served { containerd: Arc::new(fake.clone()), metrics: Arc::default(), grants: grants.clone() };
+        let now = Instant::now();
+        let until = now + Duration::from_secs(600);
+        let blobs = image.digests().into_iter().collect();
+        grants.give(TransferId::parse("t").unwrap(), READER.to_owned(), blobs, until, now).unwrap();
+        let api = router(served);
         let (tricking, counting) = (tricks.clone(), asked.clone());
         let app = axum::Router::new().fallback(move |request: Request| {
             let last = request.uri().path().rsplit('/').next().and_then(|last| last.parse::<Digest>().ok());
@@ -79,8 +95,11 @@ impl Peer {
                 }
             }
         });
-        tokio::spawn(async move { axum::serve(listener, app).await });
-        Self { node: format!("node-{}", address.port()), address, fake, tricks, asked }
+        let node = format!("node-{}", address.port());
+        let identity = PKI.node(&node, "127.0.0.1");
+        let (refusals, stop) = (Arc::new(|_| {}), CancellationToken::new());
+        tokio::spawn(tote_rpc::serve(listener, identity, NoAgent, app, refusals, stop));
+        Self { node, address, fake, tricks, asked }
     }
 
     /// Plays a trick whenever it is asked for a blob.
@@ -144,7 +163,7 @@ async fn perform(trick: Trick, answer: Response) -> Response {
 
 /// What the tests wait for is short.
 pub const PATIENCE: Patience = Patience {
-    head: Duration::from_millis(300),
+    head: Duration::from_millis(800),
     piece: Duration::from_millis(500),
     pause: Duration::from_millis(20),
     rounds: 3,
@@ -158,7 +177,8 @@ pub fn agent(fake: &Fake) -> Arc<Imports> {
 }
 
 pub fn agent_with(fake: &Fake, bandwidth: Bandwidth, lifetimes: Lifetimes) -> Arc<Imports> {
-    let context = Context::new(Arc::new(fake.clone()), tote_rpc::blob_client(), bandwidth);
+    let peers = tote_rpc::blob_client(&PKI.node(READER, "127.0.0.1")).unwrap();
+    let context = Context::new(Arc::new(fake.clone()), peers, bandwidth);
     let visible_within = Duration::from_millis(200);
     Arc::new(Imports::new(Context { patience: PATIENCE, visible_within, ..context }, lifetimes))
 }

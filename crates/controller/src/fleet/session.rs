@@ -5,26 +5,34 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
 use tote_image::{Digest, Platform};
 use tote_rpc::AgentClient;
+use tote_rpc::identity::{Peer, Unverified};
 use tote_rpc::v1;
 use tote_rpc::v1::session_request::Message as Up;
 use tote_rpc::v1::session_response::Message;
 
+use super::enrol::{EnrolError, Enrolment, spread};
 use super::inventory::{Image, NodeName};
 use crate::backoff::Backoff;
+use crate::ca::Standing;
 
 /// How long an agent may take to welcome, and then to send its whole inventory.
 const WELCOME_DEADLINE: Duration = Duration::from_secs(10);
 const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Over how long the renewal of all sessions is spread, and how long after one that failed it is tried again.
+const SPREAD: Duration = Duration::from_secs(10);
+const RENEWAL_RETRY: Duration = Duration::from_secs(15);
 
 /// The most images taken from one node.
 const MAX_IMAGES: usize = 20_000;
@@ -38,6 +46,15 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Whether it says that it is ready.
     pub ready: bool,
+    /// UID of the pod that listens there, if the endpoint names one.
+    pub pod_uid: Option<String>,
+}
+
+impl Endpoint {
+    /// Whether it is the same agent, ready or not.
+    fn is_same_agent(&self, other: &Self) -> bool {
+        (self.address, &self.pod_uid) == (other.address, &other.pod_uid)
+    }
 }
 
 /// What the sessions tell.
@@ -76,30 +93,57 @@ pub enum FleetEvent {
 
 /// Clients of the agents with a session.
 #[derive(Clone, Default)]
-pub struct Agents(Arc<Mutex<HashMap<NodeName, AgentClient>>>);
+pub struct Agents(Arc<Known>);
+
+#[derive(Default)]
+struct Known {
+    clients: Mutex<HashMap<NodeName, (u64, AgentClient)>>,
+    /// Changes whenever a session begins or ends; the number of the last one begun.
+    sessions: watch::Sender<u64>,
+}
 
 impl Agents {
     /// The client of a node's agent, if it has a session.
     pub fn client(&self, node: &str) -> Option<AgentClient> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned()
+        self.session(node).map(|(_, client)| client)
+    }
+
+    /// The same, with the number of the session.
+    pub fn session(&self, node: &str) -> Option<(u64, AgentClient)> {
+        self.0.clients.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned()
+    }
+
+    /// Tells when sessions begin and end.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.sessions.subscribe()
     }
 
     fn set(&self, node: &NodeName, client: Option<AgentClient>) {
-        let mut clients = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match client {
-            Some(client) => clients.insert(node.clone(), client),
-            None => clients.remove(node),
-        };
+        self.0.sessions.send_modify(|number| {
+            *number += 1;
+            let mut clients = self.0.clients.lock().unwrap_or_else(PoisonError::into_inner);
+            match client {
+                Some(client) => clients.insert(node.clone(), (*number, client)),
+                None => clients.remove(node),
+            };
+        });
     }
 }
 
 /// Keeps a session with every endpoint.
 pub struct Fleet {
+    shared: Shared,
+    stop: CancellationToken,
+    sessions: HashMap<NodeName, (Endpoint, CancellationToken, JoinHandle<()>)>,
+}
+
+/// What all sessions share.
+#[derive(Clone)]
+struct Shared {
     term: v1::Term,
     agents: Agents,
     events: mpsc::Sender<FleetEvent>,
-    stop: CancellationToken,
-    sessions: HashMap<NodeName, (SocketAddr, CancellationToken, JoinHandle<()>)>,
+    enrolment: Arc<Enrolment>,
 }
 
 #[derive(Debug, Error)]
@@ -118,6 +162,12 @@ enum SessionError {
     Ended,
     #[error("the controller is stopping")]
     Stopping,
+    #[error("there is no certificate authority yet")]
+    NoAuthority,
+    #[error(transparent)]
+    Enrol(#[from] EnrolError),
+    #[error("the agent is not who it should be: {0}")]
+    Unverified(#[from] Unverified),
 }
 
 impl Fleet {
@@ -126,20 +176,21 @@ impl Fleet {
         term: v1::Term,
         agents: Agents,
         events: mpsc::Sender<FleetEvent>,
+        enrolment: Arc<Enrolment>,
         stop: CancellationToken,
     ) -> Self {
-        Self { term, agents, events, stop, sessions: HashMap::new() }
+        Self { shared: Shared { term, agents, events, enrolment }, stop, sessions: HashMap::new() }
     }
 
     /// Replaces the set of endpoints. Sessions of those that stay are left alone.
     pub async fn set_endpoints(&mut self, endpoints: Vec<Endpoint>) {
         let expected = endpoints.iter().map(|e| e.node.clone()).collect();
-        let wanted: HashMap<NodeName, SocketAddr> =
-            endpoints.into_iter().map(|e| (e.node, e.address)).collect();
+        let wanted: HashMap<NodeName, Endpoint> =
+            endpoints.into_iter().map(|endpoint| (endpoint.node.clone(), endpoint)).collect();
         let gone: Vec<NodeName> = self
             .sessions
             .iter()
-            .filter(|(node, (address, _, _))| wanted.get(*node) != Some(address))
+            .filter(|(node, (former, _, _))| wanted.get(*node).is_none_or(|now| !now.is_same_agent(former)))
             .map(|(node, _)| node.clone())
             .collect();
         for node in gone {
@@ -149,47 +200,34 @@ impl Fleet {
                 let _ = task.await;
             }
         }
-        for (node, address) in wanted {
+        for (node, endpoint) in wanted {
             if self.sessions.contains_key(&node) {
                 continue;
             }
             let stop = self.stop.child_token();
-            let task = tokio::spawn(keep(
-                node.clone(),
-                address,
-                self.term.clone(),
-                self.agents.clone(),
-                self.events.clone(),
-                stop.clone(),
-            ));
-            self.sessions.insert(node, (address, stop, task));
+            let task = tokio::spawn(keep(endpoint.clone(), self.shared.clone(), stop.clone()));
+            self.sessions.insert(node, (endpoint, stop, task));
         }
-        let _ = self.events.send(FleetEvent::Expected(expected)).await;
+        let _ = self.shared.events.send(FleetEvent::Expected(expected)).await;
     }
 }
 
-async fn keep(
-    node: NodeName,
-    address: SocketAddr,
-    term: v1::Term,
-    agents: Agents,
-    events: mpsc::Sender<FleetEvent>,
-    stop: CancellationToken,
-) {
-    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10), &node);
+async fn keep(endpoint: Endpoint, shared: Shared, stop: CancellationToken) {
+    let Endpoint { node, address, .. } = &endpoint;
+    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10), node);
     loop {
         let mut up = false;
         let ended = tokio::select! {
             () = stop.cancelled() => SessionError::Stopping,
-            ended = session(&node, address, &term, &agents, &events, &mut up) => match ended {
+            ended = session(&endpoint, &shared, &mut up) => match ended {
                 Ok(()) => SessionError::Ended,
                 Err(error) => error,
             },
         };
         if up {
-            agents.set(&node, None);
+            shared.agents.set(node, None);
             backoff.reset();
-            let _ = events.send(FleetEvent::Down { node: node.clone() }).await;
+            let _ = shared.events.send(FleetEvent::Down { node: node.clone() }).await;
         }
         if stop.is_cancelled() {
             return;
@@ -202,18 +240,111 @@ async fn keep(
     }
 }
 
-async fn session(
-    node: &NodeName,
-    address: SocketAddr,
-    term: &v1::Term,
-    agents: &Agents,
-    events: &mpsc::Sender<FleetEvent>,
-    up: &mut bool,
-) -> Result<(), SessionError> {
-    let mut client = tote_rpc::connect(address).await?;
-    // Kept open for as long as the session lives.
+/// A session that has told its inventory.
+struct Open {
+    client: AgentClient,
+    incoming: Streaming<v1::SessionResponse>,
+    /// Kept open for as long as the session lives.
+    _requests: mpsc::Sender<v1::SessionRequest>,
+    up: FleetEvent,
+    /// By which certificates it stands, and when the agent's is to be replaced.
+    standing: Arc<Standing>,
+    renew_at: SystemTime,
+}
+
+/// One session from its beginning to its end. Before a certificate of either side runs out, or when other authorities
+/// are to be trusted, another connection takes the place of the first; the session goes on.
+async fn session(endpoint: &Endpoint, shared: &Shared, up: &mut bool) -> Result<(), SessionError> {
+    let mut standings = shared.enrolment.standing();
+    let mut open = open(endpoint, shared, None).await?;
+    loop {
+        let Open { client, mut incoming, _requests, up: event, standing, mut renew_at } = open;
+        shared.agents.set(&endpoint.node, Some(client));
+        *up = true;
+        let _ = shared.events.send(event).await;
+        let mut is_noticed = false;
+        open = loop {
+            let changed = standings.wait_for(|now| {
+                now.as_ref().is_some_and(|now| (now.own, now.trusted) != (standing.own, standing.trusted))
+            });
+            let due = tokio::time::sleep(renew_at.duration_since(SystemTime::now()).unwrap_or_default());
+            tokio::select! {
+                response = incoming.message() => {
+                    let Some(response) = response? else { return Ok(()) };
+                    if let Some(Message::Delta(delta)) = response.message {
+                        let _ = shared.events.send(event_of(&endpoint.node, &delta)).await;
+                    }
+                }
+                changed = async { changed.await.is_ok() }, if !is_noticed => {
+                    is_noticed = true;
+                    if changed {
+                        // Not all agents at the same moment.
+                        renew_at = renew_at.min(SystemTime::now() + spread(&endpoint.node, SPREAD));
+                    }
+                }
+                () = due => match self::open(endpoint, shared, Some(&standing)).await {
+                    Ok(next) => break next,
+                    Err(error) => {
+                        tracing::warn!(node = %endpoint.node, %error, "cannot renew the session; it goes on as it is");
+                        renew_at = SystemTime::now() + RENEWAL_RETRY;
+                    }
+                }
+            }
+        };
+    }
+}
+
+fn event_of(node: &NodeName, delta: &v1::InventoryDelta) -> FleetEvent {
+    FleetEvent::Delta {
+        node: node.clone(),
+        upserted: delta.upserted.iter().filter_map(Image::from_wire).collect(),
+        removed: delta.removed.iter().filter_map(|digest| digest.parse().ok()).collect(),
+    }
+}
+
+/// A connection to the node's agent, which has a certificate that is good for a while.
+async fn identified(
+    endpoint: &Endpoint,
+    shared: &Shared,
+    before: Option<&Arc<Standing>>,
+) -> Result<(AgentClient, Arc<Standing>, SystemTime), SessionError> {
+    let Endpoint { node, address, .. } = endpoint;
+    let enrolment = &shared.enrolment;
+    let standing = enrolment.standing().borrow().clone().ok_or(SessionError::NoAuthority)?;
+    let mut connection = tote_rpc::connect(*address, node, &enrolment.identity).await?;
+    let now = SystemTime::now();
+    let is_good = match connection.peer() {
+        Ok(peer) => now < peer.renew_at() && connection.is_issued_by(standing.authority()),
+        Err(reason) => {
+            tracing::info!(%node, %address, %reason, "the agent is to be identified");
+            false
+        }
+    };
+    // It is told whom to trust as that changes; or in case it was told by an earlier leader, or was not.
+    let is_told = before.map_or(!standing.signer.is_changing(), |before| before.trusted == standing.trusted);
+    if !is_good || !is_told {
+        match enrolment.enrol(&mut connection, endpoint, &standing).await {
+            Ok(()) => connection = tote_rpc::connect(*address, node, &enrolment.identity).await?,
+            // What it has is good for a while, and the API server may answer by then.
+            Err(error) if connection.peer().is_ok() && !matches!(error, EnrolError::Refused(_)) => {
+                tracing::warn!(%node, %address, %error, "the agent's certificate is not renewed yet");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let renew_at = connection.peer().map_or(now, Peer::renew_at).max(now + RENEWAL_RETRY);
+    Ok((connection.into_client()?, standing, renew_at))
+}
+
+async fn open(
+    endpoint: &Endpoint,
+    shared: &Shared,
+    before: Option<&Arc<Standing>>,
+) -> Result<Open, SessionError> {
+    let Endpoint { node, address, .. } = endpoint;
+    let (mut client, standing, renew_at) = identified(endpoint, shared, before).await?;
     let (requests, outgoing) = mpsc::channel(1);
-    let hello = v1::Hello { term: Some(term.clone()), node_name: node.to_string() };
+    let hello = v1::Hello { term: Some(shared.term.clone()), node_name: node.to_string() };
     let _ = requests.send(v1::SessionRequest { message: Some(Up::Hello(hello)) }).await;
     let opened = timeout(WELCOME_DEADLINE, client.session(ReceiverStream::new(outgoing))).await;
     let mut incoming =
@@ -229,32 +360,20 @@ async fn session(
     let snapshot = timeout(SNAPSHOT_DEADLINE, snapshot(&mut incoming)).await;
     let images = snapshot.map_err(|_| SessionError::Deadline("the inventory", SNAPSHOT_DEADLINE))??;
     tracing::info!(%node, %address, images = images.len(), containerd = welcome.containerd_version,
-        snapshotter = welcome.snapshotter, problem = welcome.problem, "session with the agent");
+        snapshotter = welcome.snapshotter, problem = welcome.problem, renewed = before.is_some(),
+        "session with the agent");
     let platform = welcome.platform.unwrap_or_default();
-    agents.set(node, Some(client));
-    *up = true;
-    let event = FleetEvent::Up {
+    let up = FleetEvent::Up {
         node: node.clone(),
         address: address.to_string(),
         platform: Platform::new(&platform.os, &platform.architecture, &platform.variant),
         problem: welcome.problem,
         images,
     };
-    let _ = events.send(event).await;
-    while let Some(response) = incoming.message().await? {
-        let Some(Message::Delta(delta)) = response.message else { continue };
-        let event = FleetEvent::Delta {
-            node: node.clone(),
-            upserted: delta.upserted.iter().filter_map(Image::from_wire).collect(),
-            removed: delta.removed.iter().filter_map(|digest| digest.parse().ok()).collect(),
-        };
-        let _ = events.send(event).await;
-    }
-    drop(requests);
-    Ok(())
+    Ok(Open { client, incoming, _requests: requests, up, standing, renew_at })
 }
 
-async fn snapshot(incoming: &mut tonic::Streaming<v1::SessionResponse>) -> Result<Vec<Image>, SessionError> {
+async fn snapshot(incoming: &mut Streaming<v1::SessionResponse>) -> Result<Vec<Image>, SessionError> {
     let mut images = Vec::new();
     while let Some(response) = incoming.message().await? {
         let Some(Message::Snapshot(part)) = response.message else { continue };

@@ -2,171 +2,22 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test
 
-use std::net::SocketAddr;
+mod grants;
+mod identity;
+mod played;
+mod previous;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures::stream::BoxStream;
-use futures::{StreamExt as _, stream};
-use tokio::net::TcpListener;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
-use tokio_stream::wrappers::BroadcastStream;
-use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, Streaming};
 use tote_controller::decide::{Event, TransferEvent};
-use tote_controller::fleet::{Agents, Endpoint, Fleet, FleetEvent};
+use tote_controller::fleet::{Agents, FleetEvent, Grants};
 use tote_controller::transfer;
-use tote_rpc::v1::{self, agent_server::Agent, import_event, session_response::Message};
+use tote_rpc::v1::{self, import_event};
 
-const DEADLINE: Duration = Duration::from_secs(20);
-
-/// An agent that says what it is told to say.
-#[derive(Clone)]
-struct Played {
-    node: &'static str,
-    images: Vec<v1::Image>,
-    deltas: broadcast::Sender<v1::InventoryDelta>,
-    import: Result<Vec<import_event::Event>, tonic::Code>,
-    heard: Arc<Mutex<Vec<String>>>,
-    stop: CancellationToken,
-}
-
-impl Played {
-    fn new(node: &'static str) -> Self {
-        Self {
-            node,
-            images: vec![image(1)],
-            deltas: broadcast::channel(16).0,
-            import: Ok(vec![]),
-            heard: Arc::default(),
-            stop: CancellationToken::new(),
-        }
-    }
-
-    fn heard(&self, what: String) {
-        self.heard.lock().unwrap().push(what);
-    }
-}
-
-fn digest(n: u8) -> String {
-    tote_image::Digest::sha256(&[n]).to_string()
-}
-
-fn image(n: u8) -> v1::Image {
-    v1::Image {
-        target: Some(v1::Descriptor { digest: digest(n), ..v1::Descriptor::default() }),
-        names: vec![format!("r.test/x:{n}")],
-        manifests: vec![],
-    }
-}
-
-#[allow(clippy::unnecessary_wraps)] // an item of a stream
-fn message(message: Message) -> Result<v1::SessionResponse, Status> {
-    Ok(v1::SessionResponse { message: Some(message) })
-}
-
-#[tonic::async_trait]
-impl Agent for Played {
-    type SessionStream = BoxStream<'static, Result<v1::SessionResponse, Status>>;
-    type ImportStream = BoxStream<'static, Result<v1::ImportEvent, Status>>;
-
-    async fn session(
-        &self,
-        request: Request<Streaming<v1::SessionRequest>>,
-    ) -> Result<Response<Self::SessionStream>, Status> {
-        let hello = request.into_inner().message().await?;
-        self.heard(format!("{:?}", hello.and_then(|hello| hello.message)));
-        let welcome = v1::Welcome {
-            node_name: self.node.to_owned(),
-            platform: Some(v1::Platform {
-                os: "linux".into(),
-                architecture: "amd64".into(),
-                ..Default::default()
-            }),
-            ..v1::Welcome::default()
-        };
-        let mut parts: Vec<_> = self
-            .images
-            .iter()
-            .map(|image| {
-                message(Message::Snapshot(v1::InventorySnapshot { images: vec![image.clone()], last: false }))
-            })
-            .collect();
-        parts.insert(0, message(Message::Welcome(welcome)));
-        parts.push(message(Message::Snapshot(v1::InventorySnapshot { images: vec![], last: true })));
-        let deltas = BroadcastStream::new(self.deltas.subscribe());
-        let deltas = deltas.map(|delta| message(Message::Delta(delta.unwrap())));
-        Ok(Response::new(
-            stream::iter(parts).chain(deltas).take_until(self.stop.clone().cancelled_owned()).boxed(),
-        ))
-    }
-
-    async fn import(
-        &self,
-        request: Request<v1::ImportRequest>,
-    ) -> Result<Response<Self::ImportStream>, Status> {
-        self.heard(format!("import {}", request.into_inner().transfer_id));
-        match &self.import {
-            Ok(events) => {
-                let events =
-                    events.clone().into_iter().map(|event| Ok(v1::ImportEvent { event: Some(event) }));
-                Ok(Response::new(stream::iter(events.collect::<Vec<_>>()).boxed()))
-            }
-            Err(code) => Err(Status::new(*code, "as told")),
-        }
-    }
-
-    async fn cancel(
-        &self,
-        request: Request<v1::CancelRequest>,
-    ) -> Result<Response<v1::CancelResponse>, Status> {
-        self.heard(format!("cancel {}", request.into_inner().transfer_id));
-        Ok(Response::new(v1::CancelResponse { found: true }))
-    }
-}
-
-/// Serves an agent until the token is cancelled; on `address`, or anywhere.
-async fn serve(agent: Played, address: Option<SocketAddr>) -> (SocketAddr, CancellationToken) {
-    let address = address.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap());
-    let listener = TcpListener::bind(address).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let stop = agent.stop.clone();
-    tokio::spawn(tote_rpc::serve(listener, agent, axum::Router::new(), stop.clone()));
-    (address, stop)
-}
-
-struct Bench {
-    fleet: Fleet,
-    agents: Agents,
-    events: mpsc::Receiver<FleetEvent>,
-    _stop: tokio_util::sync::DropGuard,
-}
-
-fn bench() -> Bench {
-    let (sender, events) = mpsc::channel(64);
-    let stop = CancellationToken::new();
-    let agents = Agents::default();
-    let term = v1::Term { lease_uid: "lease".into(), lease_transitions: 7 };
-    let fleet = Fleet::new(term, agents.clone(), sender, stop.clone());
-    Bench { fleet, agents, events, _stop: stop.drop_guard() }
-}
-
-impl Bench {
-    async fn next(&mut self) -> FleetEvent {
-        timeout(DEADLINE, self.events.recv()).await.expect("an event of the fleet").unwrap()
-    }
-
-    async fn endpoints(&mut self, endpoints: &[(&str, SocketAddr)]) {
-        let endpoints = endpoints.iter().map(|(node, address)| Endpoint {
-            node: (*node).into(),
-            address: *address,
-            ready: true,
-        });
-        self.fleet.set_endpoints(endpoints.collect()).await;
-    }
-}
+use played::{DEADLINE, Played, bench, client_of, digest, image, serve};
 
 #[tokio::test]
 async fn a_session_tells_the_inventory_and_what_changes_and_is_taken_up_again() {
@@ -237,10 +88,13 @@ async fn an_agent_of_another_node_is_not_believed() {
 /// What the transfer of an agent that says `import` comes to.
 async fn follow(import: Result<Vec<import_event::Event>, tonic::Code>) -> Vec<TransferEvent> {
     let (address, _stop) = serve(Played { import, ..Played::new("a") }, None).await;
-    let client = tote_rpc::connect(address).await.unwrap();
+    let client = client_of("a", address).await;
     let (events, mut heard) = mpsc::channel(64);
     let request = v1::ImportRequest { transfer_id: "t-1".into(), ..v1::ImportRequest::default() };
-    timeout(DEADLINE, transfer::follow(Some(client), request, "uid".into(), 3, events)).await.unwrap();
+    let grants = Grants::new(Agents::default(), &request, "a", DEADLINE);
+    timeout(DEADLINE, transfer::follow(Some(client), request, grants, "uid".into(), 3, events))
+        .await
+        .unwrap();
     let mut all = Vec::new();
     while let Some(event) = heard.recv().await {
         let Event::Transfer { uid, stream: 3, event } = event else { panic!("{event:?}") };
@@ -299,7 +153,9 @@ async fn what_breaks_is_lost_and_what_is_refused_has_failed() {
         assert!(as_wanted, "{import:?}: {all:?}");
     }
     let (events, mut heard) = mpsc::channel(64);
-    transfer::follow(None, v1::ImportRequest::default(), "uid".into(), 1, events).await;
+    let request = v1::ImportRequest::default();
+    let grants = Grants::new(Agents::default(), &request, "a", DEADLINE);
+    transfer::follow(None, request, grants, "uid".into(), 1, events).await;
     assert!(matches!(heard.recv().await, Some(Event::Transfer { event: TransferEvent::Lost { .. }, .. })));
 }
 
@@ -307,7 +163,7 @@ async fn what_breaks_is_lost_and_what_is_refused_has_failed() {
 async fn a_cancellation_reaches_the_agent() {
     let played = Played::new("a");
     let (address, _stop) = serve(played.clone(), None).await;
-    let client = tote_rpc::connect(address).await.unwrap();
+    let client = client_of("a", address).await;
     let request = v1::CancelRequest { term: None, transfer_id: "t-1".into() };
     // At first it has no session.
     let asked = AtomicUsize::new(0);

@@ -1,0 +1,180 @@
+//! What this agent shows and whom it believes: its identity, the token and the authorities mounted into its pod.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+use tote_rpc::identity::{Authorities, BundleError, Identity, InstallError, Role};
+
+/// How often the mounted bundle is looked at.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// The longest token taken, in bytes: those of Kubernetes have about 1 KiB.
+const LONGEST_TOKEN: usize = 16 << 10;
+
+/// Files that Kubernetes keeps current.
+#[derive(Clone, Debug)]
+pub struct Mounts {
+    /// A service account token of the audience `tote` (`serviceAccountToken` of a projected volume).
+    pub token: PathBuf,
+    /// The authorities to trust, as PEM.
+    pub authorities: PathBuf,
+}
+
+/// Why an agent cannot be identified.
+#[derive(Debug, Error)]
+pub enum IdentityError {
+    /// Nothing is mounted.
+    #[error("no token is mounted")]
+    NoToken,
+    /// The token cannot be read.
+    #[error("{path}: {reason}")]
+    Token {
+        /// Where it should be.
+        path: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The authorities cannot be used.
+    #[error("authorities: {0}")]
+    Authorities(#[from] BundleError),
+    /// The certificate cannot be used.
+    #[error("certificate: {0}")]
+    Certificate(#[from] InstallError),
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    mounted: Authorities,
+    given: Authorities,
+}
+
+/// The agent's identity and what it comes from.
+#[derive(Debug)]
+pub struct Standing {
+    /// The key, the certificate, and whom it trusts.
+    pub identity: Arc<Identity>,
+    role: Role,
+    mounts: Option<Mounts>,
+    known: Mutex<Known>,
+}
+
+impl Standing {
+    /// Of a node's agent. Without mounts the identity is left as it is until it is certified.
+    pub fn new(identity: Arc<Identity>, node: &str, mounts: Option<Mounts>) -> Self {
+        Self { identity, role: Role::Node(node.into()), mounts, known: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows the mounted authorities for good.
+    pub async fn follow(&self) {
+        let Some(mounts) = &self.mounts else { return };
+        let mut before = None;
+        loop {
+            let text =
+                tokio::fs::read_to_string(&mounts.authorities).await.map_err(|error| error.to_string());
+            if before.as_ref() != Some(&text) {
+                self.mounted(&text, &mounts.authorities.display().to_string());
+                before = Some(text);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    fn mounted(&self, text: &Result<String, String>, path: &str) {
+        let read =
+            text.clone().and_then(|text| Authorities::from_pem(&text).map_err(|error| error.to_string()));
+        match read {
+            Ok(mounted) => {
+                tracing::info!(path, authorities = mounted.certificates().len(), "trusted authorities");
+                let mut known = self.lock();
+                known.mounted = mounted;
+                self.identity.trust(&known.given.clone().and(&known.mounted));
+            }
+            // Those that were read before are trusted on.
+            Err(error) => tracing::warn!(path, error, "cannot read the authorities to trust"),
+        }
+    }
+
+    /// The token, as it is now.
+    pub async fn token(&self) -> Result<String, IdentityError> {
+        let path = &self.mounts.as_ref().ok_or(IdentityError::NoToken)?.token;
+        let wrong = |reason: String| IdentityError::Token { path: path.display().to_string(), reason };
+        let token = tokio::fs::read_to_string(path).await.map_err(|error| wrong(error.to_string()))?;
+        let token = token.trim();
+        if token.is_empty() || token.len() > LONGEST_TOKEN {
+            return Err(wrong(format!("a token is due, {} bytes are there", token.len())));
+        }
+        Ok(token.to_owned())
+    }
+
+    /// Takes a certificate, and the authorities to trust beside the mounted ones. Nothing changes if they do not fit.
+    pub fn certify(&self, certificate: Vec<u8>, authorities: Vec<Vec<u8>>) -> Result<(), IdentityError> {
+        let given = Authorities::from_certificates(authorities.into_iter().map(Into::into).collect())?;
+        let mut known = self.lock();
+        self.identity.trust(&given.clone().and(&known.mounted));
+        match self.identity.install(certificate.into(), &self.role) {
+            Ok(()) => known.given = given,
+            Err(error) => {
+                self.identity.trust(&known.given.clone().and(&known.mounted));
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use tote_rpc::testing::Pki;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn says_what_is_wrong_with_its_token() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("token");
+        let mounts = Mounts { token: path.clone(), authorities: directory.path().join("ca.crt") };
+        let standing = Standing::new(Identity::new().unwrap(), "n", Some(mounts));
+        let said = async || standing.token().await.unwrap_err().to_string();
+        assert!(said().await.contains("No such file"), "{}", said().await);
+        std::fs::write(&path, "\n").unwrap();
+        assert!(said().await.contains("0 bytes"), "{}", said().await);
+        std::fs::write(&path, "abc\n").unwrap();
+        assert_eq!(standing.token().await.unwrap(), "abc");
+    }
+
+    #[test]
+    fn a_certificate_that_does_not_fit_changes_nothing() {
+        let (good, other) = (Pki::new(), Pki::new());
+        let standing = Standing::new(Identity::new().unwrap(), "n", None);
+        let sign = |pki: &Pki, node: &str| {
+            let role = Role::Node(node.into());
+            let life = Duration::from_secs(60);
+            let key = standing.identity.public_key();
+            pki.authority.sign(&role, None, key, SystemTime::now(), life).unwrap().to_vec()
+        };
+        let authority = |pki: &Pki| vec![pki.authority.certificate().to_vec()];
+        standing.certify(sign(&good, "n"), authority(&good)).unwrap();
+        let before = standing.identity.certified().borrow().clone();
+        for (certificate, authorities, says) in [
+            (sign(&other, "n"), authority(&good), "UnknownIssuer"),
+            (sign(&other, "m"), authority(&other), "node/m"),
+            (good.authority.certificate().to_vec(), authority(&good), "another key"),
+            (sign(&other, "n"), vec![], "no certificate"),
+            (sign(&other, "n"), vec![vec![1, 2, 3]], "authorities"),
+        ] {
+            let said = standing.certify(certificate, authorities).unwrap_err().to_string();
+            assert!(said.contains(says), "{said}, which should say {says}");
+            assert_eq!(*standing.identity.certified().borrow(), before);
+        }
+        // And the authority from before is still trusted.
+        standing.certify(sign(&good, "n"), authority(&good)).unwrap();
+    }
+}

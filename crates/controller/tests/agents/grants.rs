@@ -1,0 +1,122 @@
+//! What the sources of a transfer are told, and when.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tonic::Code;
+use tote_controller::decide::{Event, TransferEvent};
+use tote_controller::fleet::{FleetEvent, Grants};
+use tote_controller::transfer;
+use tote_rpc::v1::{self, import_event};
+
+use crate::played::{Bench, DEADLINE, Played, bench, serve, until_heard};
+
+/// Sessions with a target and two sources.
+async fn three(target: &Played, one: &Played, two: &Played) -> (Bench, Vec<SocketAddr>) {
+    let mut addresses = Vec::new();
+    for played in [target, one, two] {
+        addresses.push(serve(played.clone(), None).await.0);
+    }
+    let mut bench = bench();
+    bench.endpoints(&[("target", addresses[0]), ("one", addresses[1]), ("two", addresses[2])]).await;
+    let mut up = 0;
+    while up < 3 {
+        up += usize::from(matches!(bench.next().await, FleetEvent::Up { .. }));
+    }
+    (bench, addresses)
+}
+
+fn request(addresses: &[SocketAddr]) -> v1::ImportRequest {
+    let source =
+        |node: &str, at: usize| v1::Source { node_name: node.to_owned(), address: addresses[at].to_string() };
+    v1::ImportRequest {
+        transfer_id: "t-1".into(),
+        sources: vec![source("one", 1), source("two", 2)],
+        ..v1::ImportRequest::default()
+    }
+}
+
+/// Follows a transfer; returns what it came to.
+async fn follow(bench: &Bench, request: v1::ImportRequest, life: Duration) -> Vec<TransferEvent> {
+    let (events, mut heard) = mpsc::channel(64);
+    let grants = Grants::new(bench.agents.clone(), &request, "target", life);
+    let client = bench.agents.client("target");
+    timeout(DEADLINE, transfer::follow(client, request, grants, "uid".into(), 3, events)).await.unwrap();
+    let mut all = Vec::new();
+    while let Some(Event::Transfer { event, .. }) = heard.recv().await {
+        all.push(event);
+    }
+    all
+}
+
+fn heard(played: &Played) -> Vec<String> {
+    let all = played.heard.lock().unwrap();
+    all.iter().filter(|heard| !heard.starts_with("Some(Hello")).cloned().collect()
+}
+
+fn done() -> Vec<import_event::Event> {
+    vec![import_event::Event::Done(v1::Done::default())]
+}
+
+#[tokio::test]
+async fn sources_are_told_before_a_transfer_and_after_it() {
+    let target = Played { import: Ok(done()), ..Played::new("target") };
+    let (one, two) = (Played::new("one"), Played::new("two"));
+    let (bench, addresses) = three(&target, &one, &two).await;
+    let all = follow(&bench, request(&addresses), DEADLINE).await;
+    assert!(matches!(all[..], [TransferEvent::Done(_)]), "{all:?}");
+    for source in [&one, &two] {
+        assert_eq!(heard(source), ["grant t-1 to target", "revoke t-1"]);
+    }
+    assert_eq!(heard(&target), ["import t-1 from one two"]);
+}
+
+#[tokio::test]
+async fn a_source_that_does_not_let_it_read_is_left_out() {
+    let target = Played { import: Ok(done()), ..Played::new("target") };
+    let (one, two) = (Played { grant: Err(Code::NotFound), ..Played::new("one") }, Played::new("two"));
+    let (bench, addresses) = three(&target, &one, &two).await;
+    let all = follow(&bench, request(&addresses), DEADLINE).await;
+    assert!(matches!(all[..], [TransferEvent::Done(_)]), "{all:?}");
+    assert_eq!(heard(&target), ["import t-1 from two"]);
+
+    let target = Played { import: Ok(done()), ..Played::new("target") };
+    let two = Played { grant: Err(Code::ResourceExhausted), ..Played::new("two") };
+    let (bench, addresses) = three(&target, &one, &two).await;
+    let all = follow(&bench, request(&addresses), DEADLINE).await;
+    let [TransferEvent::Lost { message }] = &all[..] else { panic!("{all:?}") };
+    assert!(message.contains("one: as told") && message.contains("two: as told"), "{message}");
+    assert!(heard(&target).is_empty(), "nothing is begun that cannot be");
+}
+
+/// A transfer that takes long, from an agent that is started again meanwhile.
+#[tokio::test]
+async fn grants_are_given_again_in_time_and_to_an_agent_that_was_started_again() {
+    let target = Played { hang: true, ..Played::new("target") };
+    let (one, two) = (Played::new("one"), Played::new("two"));
+    let (mut bench, addresses) = three(&target, &one, &two).await;
+    let agents = bench.agents.clone();
+    let life = Duration::from_millis(1500);
+    let request = request(&addresses);
+    let following = tokio::spawn(async move {
+        let (events, _heard) = mpsc::channel(64);
+        let grants = Grants::new(agents.clone(), &request, "target", life);
+        transfer::follow(agents.client("target"), request, grants, "uid".into(), 3, events).await;
+    });
+    let grants = |played: &Played| heard(played).iter().filter(|heard| heard.starts_with("grant")).count();
+    let again = async {
+        while grants(&one) < 3 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(DEADLINE, again).await.expect("it is given again before it runs out");
+
+    two.stop.cancel();
+    while !matches!(bench.next().await, FleetEvent::Down { .. }) {}
+    let restarted = Played::new("two");
+    let _ = serve(restarted.clone(), Some(addresses[2])).await;
+    until_heard(&restarted, "grant t-1 to target").await;
+    following.abort();
+}
