@@ -18,7 +18,7 @@ use crate::identity::{Mounts, Standing};
 use crate::import::{Bandwidth, Context, Imports, Lifetimes, Patience, Rate};
 use crate::inventory::{self, Inventory};
 use crate::metrics::Metrics;
-use crate::serve::{Grants, Served, router};
+use crate::serve::{Served, router};
 use crate::service::{Service, Terms, epoch};
 
 /// How often containerd is asked who it is; oftener while it does not say.
@@ -97,8 +97,8 @@ pub async fn run(
         });
     }
 
-    let grants = Grants::default();
-    let served = Served { containerd, metrics: metrics.clone(), grants: grants.clone() };
+    let served = Served::new(containerd, metrics.clone());
+    let grants = served.grants.clone();
     let refused = metrics.clone();
     let service = Service {
         node_name: settings.node_name,

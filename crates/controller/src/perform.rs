@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
@@ -60,8 +60,9 @@ pub struct Performer {
     wakes: HashMap<Arc<str>, AbortHandle>,
     streams: HashMap<Arc<str>, AbortHandle>,
     cancels: HashMap<Arc<str>, AbortHandle>,
-    /// What was granted for the transfer of a job, to be taken back when it is cancelled.
-    granted: HashMap<Arc<str>, Grants>,
+    /// What was granted for the transfer of a job, to be taken back when it is cancelled; and when it was last renewed
+    /// at the latest.
+    granted: HashMap<Arc<str>, (Grants, Instant)>,
     grant_life: Duration,
     tasks: JoinSet<()>,
 }
@@ -97,11 +98,7 @@ impl Performer {
 
     /// Starts an effect.
     pub fn perform(&mut self, action: Action) {
-        while self.tasks.try_join_next().is_some() {}
-        self.streams.retain(|_, stream| !stream.is_finished());
-        self.granted.retain(|uid, _| self.streams.contains_key(uid));
-        self.cancels.retain(|_, cancel| !cancel.is_finished());
-        self.wakes.retain(|_, wake| !wake.is_finished());
+        self.forget_what_ended();
         let calls = self.calls.clone();
         match action {
             Action::Count(count) => self.health.metrics.count(count),
@@ -123,7 +120,7 @@ impl Performer {
                 }
                 let client = self.agents.client(&node);
                 let grants = Grants::new(self.agents.clone(), &request, &node, self.grant_life);
-                self.granted.insert(uid.clone(), grants.clone());
+                self.granted.insert(uid.clone(), (grants.clone(), Instant::now()));
                 let events = self.events.clone();
                 let follow = transfer::follow(client, request, grants, uid.clone(), stream, events);
                 let handle = self.tasks.spawn(follow);
@@ -134,7 +131,7 @@ impl Performer {
             Action::Detach { uid } => self.detach(&uid),
             Action::Cancel { uid, node, transfer_id } => {
                 self.detach(&uid);
-                if let Some(grants) = self.granted.remove(&uid) {
+                if let Some((grants, _)) = self.granted.remove(&uid) {
                     self.tasks.spawn(grants.revoke());
                 }
                 tracing::info!(job = %uid, transfer = transfer_id, %node, "cancel");
@@ -194,6 +191,19 @@ impl Performer {
                 });
             }
         }
+    }
+
+    fn forget_what_ended(&mut self) {
+        while self.tasks.try_join_next().is_some() {}
+        self.streams.retain(|_, stream| !stream.is_finished());
+        self.granted.retain(|uid, (_, renewed)| {
+            if self.streams.contains_key(uid) {
+                *renewed = Instant::now();
+            }
+            renewed.elapsed() < self.grant_life
+        });
+        self.cancels.retain(|_, cancel| !cancel.is_finished());
+        self.wakes.retain(|_, wake| !wake.is_finished());
     }
 
     /// One patch of a pod at a time.

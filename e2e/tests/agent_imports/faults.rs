@@ -4,9 +4,10 @@
 use tote_e2e::containerd::Snapshotter::Overlayfs;
 use tote_e2e::images::Image;
 use tote_e2e::tools::Containerd;
-use tote_rpc::v1::{Cause, import_event::Event};
+use tote_rpc::testing::Pki;
+use tote_rpc::v1::{self, Cause, import_event::Event};
 
-use crate::node::{Node, Source, block_on, ended, until_moved};
+use crate::node::{Node, PKI, Source, block_on, ended, until_moved};
 use crate::same;
 
 /// 60 MB at 20 MiB/s: some 3 s.
@@ -63,6 +64,46 @@ fn the_agent_killed() {
         });
         assert!(moved < size * 8 / 10, "{version}: what was there is not moved again, {moved} of {size}");
     }
+}
+
+/// Certificates of another authority on both sides in the middle, then the first authority believed no more: what is under
+/// way goes on, what is begun then is begun with the new ones.
+#[test]
+fn certificates_and_authorities_replaced() {
+    let transfer = Transfer::prepare("replaced");
+    let (digest, first) = (transfer.image.digest(), &transfer.holder);
+    let second = Node::start(Containerd::V1_7, Overlayfs, None);
+    transfer.source.pull(&second, &transfer.reference);
+    let target = Node::start(Containerd::V2, Overlayfs, CAP);
+    let other = Pki::new();
+    let done = block_on(async {
+        let mut events = target.attach(ID, &transfer.reference, digest, &[first]).await.unwrap();
+        let before = until_moved(&mut events, 0.2).await;
+        let nodes = [first, &second, &target];
+        let mut agents = Vec::new();
+        for node in nodes {
+            agents.push(node.agent().await);
+        }
+        for trusted in [&[&other, &*PKI][..], &[&other]] {
+            for (node, agent) in nodes.into_iter().zip(&mut agents) {
+                node.certify(agent, &other, trusted).await;
+            }
+        }
+        let after = until_moved(&mut events, 0.4).await;
+        assert!(after.transferred_bytes > before.transferred_bytes, "it goes on");
+        let old = PKI.controller();
+        old.trust(&other.bundle());
+        let refused = target.agent_as(&old).await.cancel(v1::CancelRequest::default()).await;
+        // Not because of the term, which it lacks as well.
+        let code = refused.unwrap_err().code();
+        assert_ne!(code, tonic::Code::InvalidArgument, "the first authority is believed no more");
+        let sources = &[&second][..];
+        let attached = target.attach_by(&other, ID, &transfer.reference, digest, sources);
+        ended(&mut attached.await.unwrap()).await.unwrap()
+    });
+    assert_eq!(done.transferred_bytes, done.total_bytes, "nothing was moved twice");
+    target.check_whole(&transfer.reference, "after the change");
+    same(&first.tree(&transfer.image), &target.tree(&transfer.image), "after the change");
 }
 
 #[test]

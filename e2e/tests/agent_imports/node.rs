@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -23,6 +23,7 @@ use tote_e2e::registry::{self, Control, Registry, hosts_toml};
 use tote_e2e::tools::Containerd;
 use tote_image::Digest;
 use tote_rpc::AgentClient;
+use tote_rpc::identity::{Identity, Role};
 use tote_rpc::testing::Pki;
 use tote_rpc::v1::{self, import_event::Event, session_response::Message};
 
@@ -135,12 +136,41 @@ impl Node {
 
     /// As the leader calls it.
     pub async fn agent(&self) -> AgentClient {
-        let connection = tote_rpc::connect(self.address(), &self.name, &PKI.controller()).await.unwrap();
+        self.agent_of(&PKI).await
+    }
+
+    /// As a leader calls it whom this authority has certified.
+    pub async fn agent_of(&self, pki: &Pki) -> AgentClient {
+        self.agent_as(&pki.controller()).await
+    }
+
+    /// As anybody calls it.
+    pub async fn agent_as(&self, identity: &Arc<Identity>) -> AgentClient {
+        let connection = tote_rpc::connect(self.address(), &self.name, identity).await.unwrap();
         connection.into_client().unwrap()
+    }
+
+    /// Hands it a certificate of an authority, and those to trust.
+    pub async fn certify(&self, agent: &mut AgentClient, signer: &Pki, trusted: &[&Pki]) {
+        let address = Some(self.address().ip());
+        let connection = tote_rpc::connect(self.address(), &self.name, &PKI.controller()).await.unwrap();
+        let (key, role) = (connection.public_key().unwrap(), Role::Node(self.name.as_str().into()));
+        let (now, life) = (SystemTime::now(), WAIT);
+        let certificate = signer.authority.sign(&role, address, &key, now, life).unwrap();
+        let request = v1::CertifyRequest {
+            term: Some(term()),
+            certificate: certificate.to_vec(),
+            authorities: trusted.iter().map(|pki| pki.authority.certificate().to_vec()).collect(),
+        };
+        agent.certify(request).await.unwrap();
     }
 
     /// Lets another node read an image from this one, as the leader would.
     pub async fn grant(&self, id: &str, reader: &str, digest: &str) {
+        self.grant_by(&PKI, id, reader, digest).await;
+    }
+
+    async fn grant_by(&self, leader: &Pki, id: &str, reader: &str, digest: &str) {
         let request = v1::GrantRequest {
             term: Some(term()),
             transfer_id: id.to_owned(),
@@ -148,7 +178,7 @@ impl Node {
             digest: digest.to_owned(),
             seconds: 300,
         };
-        self.agent().await.grant(request).await.unwrap();
+        self.agent_of(leader).await.grant(request).await.unwrap();
     }
 
     /// Starts an import or attaches to it, once the holders let this node read.
@@ -159,10 +189,22 @@ impl Node {
         digest: &str,
         holders: &[&Node],
     ) -> Result<Streaming<v1::ImportEvent>, tonic::Status> {
+        self.attach_by(&PKI, id, reference, digest, holders).await
+    }
+
+    /// The same, for a leader whom another authority has certified.
+    pub async fn attach_by(
+        &self,
+        leader: &Pki,
+        id: &str,
+        reference: &str,
+        digest: &str,
+        holders: &[&Node],
+    ) -> Result<Streaming<v1::ImportEvent>, tonic::Status> {
         for holder in holders {
-            holder.grant(id, &self.name, digest).await;
+            holder.grant_by(leader, id, &self.name, digest).await;
         }
-        let mut agent = self.agent().await;
+        let mut agent = self.agent_of(leader).await;
         let request = v1::ImportRequest {
             term: Some(term()),
             transfer_id: id.to_owned(),

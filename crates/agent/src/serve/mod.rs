@@ -11,6 +11,7 @@ mod grants;
 mod path;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -19,7 +20,8 @@ use axum::response::Response;
 use futures::TryStreamExt;
 use http::{HeaderMap, Method};
 use serde::Deserialize;
-use tokio::time::Instant;
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout};
 use tote_image::{Digest, Document, MAX_DOCUMENT_BYTES, Reference};
 use tote_rpc::Refusal as Refused;
 use tote_rpc::identity::{Peer, Role};
@@ -39,7 +41,22 @@ pub struct Served {
     pub metrics: Arc<Metrics>,
     /// Who may read what.
     pub grants: Grants,
+    /// Blobs that are sent at once: each holds up to 2 MiB, a slow reader's for as long as it likes.
+    uploads: Arc<Semaphore>,
 }
+
+impl Served {
+    /// With nothing granted to anybody.
+    pub fn new(containerd: Arc<dyn Containerd>, metrics: Arc<Metrics>) -> Self {
+        Self { containerd, metrics, grants: Grants::default(), uploads: Arc::new(Semaphore::new(UPLOADS)) }
+    }
+}
+
+/// How many blobs are sent at once.
+const UPLOADS: usize = 32;
+
+/// How long a request waits for its turn to be sent a blob.
+const TURN: Duration = Duration::from_secs(5);
 
 /// Who asks.
 struct Reader<'a> {
@@ -149,6 +166,10 @@ async fn blob(reader: &Reader<'_>, digest: &Digest, headers: &HeaderMap) -> Resu
     let found = served.containerd.blob(digest).await?.ok_or_else(unknown)?;
     let range = answer::range(headers, found.size)?;
     let (from, to) = range.clone().map_or((0, found.size), |range| (*range.start(), *range.end() + 1));
+    let turn = timeout(TURN, served.uploads.clone().acquire_owned()).await;
+    let Ok(Ok(turn)) = turn else {
+        return Err(Refusal::Unavailable(format!("{UPLOADS} blobs are being sent already")));
+    };
     let metrics = served.metrics.clone();
     let pieces = match served.containerd.read(digest, from, to - from).await {
         Err(Error::NotFound(_)) => return Err(unknown()),
@@ -160,7 +181,10 @@ async fn blob(reader: &Reader<'_>, digest: &Digest, headers: &HeaderMap) -> Resu
         let granted = grants.allow(&node, &blob, Instant::now());
         std::future::ready(if granted { Ok(piece) } else { Err(Cut::Ended) })
     });
-    let pieces = pieces.inspect_ok(move |piece| metrics.served(piece.len() as u64));
+    let pieces = pieces.inspect_ok(move |piece| {
+        let _until_sent = &turn;
+        metrics.served(piece.len() as u64);
+    });
     let body = Body::from_stream(pieces);
     Ok(answer::content(digest, "application/octet-stream", found.size, range, body))
 }

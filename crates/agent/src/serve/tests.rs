@@ -23,8 +23,9 @@ impl Registry {
         let fake = Fake::default();
         let image = Blobs::image(&[tar(&[("a", b"some bytes")])]).indexed();
         image.pull_into(&fake, "registry.test/a/b:1");
-        let (grants, metrics) = (Grants::default(), Arc::<Metrics>::default());
-        let served = Served { containerd: Arc::new(fake), metrics: metrics.clone(), grants: grants.clone() };
+        let metrics = Arc::<Metrics>::default();
+        let served = Served::new(Arc::new(fake), metrics.clone());
+        let grants = served.grants.clone();
         let registry = Self { router: router(served), image, grants, metrics };
         registry.grant("reader", &registry.image.digests());
         registry
@@ -192,4 +193,28 @@ async fn a_grant_that_ends_cuts_off_what_is_under_way() {
     assert!(registry.grants.revoke(&TransferId::parse("for-reader").unwrap(), Instant::now()));
     let error = answer.into_body().collect().await.unwrap_err();
     assert!(error.to_string().contains("the grant has ended"), "{error}");
+}
+
+/// Slow readers hold what is being sent to them: there is an end to that, and others wait for a turn, not for ever.
+#[tokio::test]
+async fn so_many_are_sent_at_once() {
+    let registry = Registry::new();
+    let path = format!("/v2/a/b/blobs/{}", registry.image.layers[0].digest);
+    let peer = Peer {
+        role: Role::Node("reader".into()),
+        not_before: std::time::UNIX_EPOCH,
+        not_after: std::time::UNIX_EPOCH,
+    };
+    let ask = async || {
+        let request = Request::get(&path).extension(peer.clone()).body(Body::empty()).unwrap();
+        registry.router.clone().oneshot(request).await.unwrap()
+    };
+    let mut slow = Vec::new();
+    for _ in 0..UPLOADS {
+        slow.push(ask().await);
+    }
+    assert!(slow.iter().all(|answer| answer.status() == StatusCode::OK));
+    assert_eq!(ask().await.status(), StatusCode::SERVICE_UNAVAILABLE);
+    slow.pop();
+    assert_eq!(ask().await.status(), StatusCode::OK);
 }

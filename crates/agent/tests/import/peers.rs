@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tote_agent::containerd::Fake;
 use tote_agent::import::{Bandwidth, Context, ImportRequest, Imports, Lifetimes, Patience, TransferId};
-use tote_agent::serve::{Grants, Served, router};
+use tote_agent::serve::{Served, router};
 use tote_agent::testing::Blobs;
 use tote_image::Digest;
 use tote_rpc::testing::{NoAgent, Pki};
@@ -67,9 +67,8 @@ impl Peer {
         let address = listener.local_addr().unwrap();
         let tricks: Arc<Mutex<HashMap<Digest, Trick>>> = Arc::default();
         let asked: Arc<Mutex<HashMap<Digest, Vec<u64>>>> = Arc::default();
-        let grants = Grants::default();
-        let served =
-            Served { containerd: Arc::new(fake.clone()), metrics: Arc::default(), grants: grants.clone() };
+        let served = Served::new(Arc::new(fake.clone()), Arc::default());
+        let grants = served.grants.clone();
         let now = Instant::now();
         let until = now + Duration::from_secs(600);
         let blobs = image.digests().into_iter().collect();

@@ -80,6 +80,8 @@ enum KeepError {
     Make(#[from] AuthorityError),
     #[error("the controller's own certificate: {0}")]
     Own(#[from] InstallError),
+    #[error("there is no Deployment {0} that would own the certificate authority (--deployment-name)")]
+    NoDeployment(String),
     #[error("the API server does not answer")]
     Late,
 }
@@ -133,6 +135,7 @@ impl Keeper {
         let what = format!("Secret {}", self.names.kept);
         let kept = &self.names.kept;
         let found = secrets.get_opt(kept).await.map_err(|error| KeepError::Api(what.clone(), error))?;
+        let owned = self.metadata().await?;
         let Some(secret) = found else {
             let ca = match (&*self.standing.borrow(), &given) {
                 // Deleted by hand: it is put back.
@@ -142,12 +145,12 @@ impl Keeper {
                 }
                 (None, None) => Ca::new(Ca::make(SystemTime::now())?).stored(),
             };
-            let metadata = ObjectMeta { name: Some(kept.clone()), ..self.metadata().await? };
+            let metadata = ObjectMeta { name: Some(kept.clone()), ..owned.clone() };
             let secret = filled(Secret { metadata, ..Secret::default() }, ca);
             tracing::info!(secret = kept, "keeping the certificate authority");
             let made = secrets.create(&parameters(), &secret).await;
             made.map_err(|error| KeepError::Api(what, error))?;
-            return self.settle(&secret).await;
+            return self.settle(&secret, &owned).await;
         };
         let ca = self.read(&secret)?;
         let asked = secret.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(ROTATE));
@@ -159,13 +162,12 @@ impl Keeper {
             Step::Promote => Some(("promoted", ca.promote(now))),
             Step::Retire => Some(("retired", ca.retire())),
         };
-        let owned = self.metadata().await?;
         let secret = match next {
             None if secret.metadata.owner_references == owned.owner_references => secret,
             next => {
                 let stored = next.as_ref().map_or_else(|| stored(&secret), |(_, ca)| ca.stored());
                 let mut changed = filled(secret, stored);
-                changed.metadata.owner_references = owned.owner_references;
+                changed.metadata.owner_references.clone_from(&owned.owner_references);
                 // The resourceVersion goes along: what somebody else wrote meanwhile is not lost.
                 let written = secrets.replace(kept, &parameters(), &changed).await;
                 let written = written.map_err(|error| KeepError::Api(what, error))?;
@@ -177,14 +179,14 @@ impl Keeper {
                 written
             }
         };
-        self.settle(&secret).await
+        self.settle(&secret, &owned).await
     }
 
     /// What is stored holds from now on: it is published, and the controller has a certificate by it.
-    async fn settle(&self, secret: &Secret) -> Result<(), KeepError> {
+    async fn settle(&self, secret: &Secret, owned: &ObjectMeta) -> Result<(), KeepError> {
         let ca = self.read(secret)?;
         let bundle = ca.bundle();
-        self.publish(&bundle).await?;
+        self.publish(&bundle, owned).await?;
         let before = self.standing.borrow().clone();
         let is_changed = before.as_ref().is_none_or(|before| before.bundle() != bundle);
         if is_changed {
@@ -231,22 +233,21 @@ impl Keeper {
     }
 
     /// Writes the bundle that agents mount.
-    async fn publish(&self, bundle: &Authorities) -> Result<(), KeepError> {
+    async fn publish(&self, bundle: &Authorities, owned: &ObjectMeta) -> Result<(), KeepError> {
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.names.namespace);
         let failed = |error| KeepError::Api(format!("ConfigMap {}", self.names.kept), error);
         let name = &self.names.kept;
         let data = Some(BTreeMap::from([(BUNDLE.to_owned(), bundle.pem())]));
-        let owned = self.metadata().await?;
         match maps.get_opt(name).await.map_err(failed)? {
             None => {
-                let metadata = ObjectMeta { name: Some(name.clone()), ..owned };
+                let metadata = ObjectMeta { name: Some(name.clone()), ..owned.clone() };
                 let map = ConfigMap { metadata, data, ..ConfigMap::default() };
                 maps.create(&parameters(), &map).await.map_err(failed)?;
             }
             Some(map) if map.data == data && map.metadata.owner_references == owned.owner_references => {}
             Some(mut map) => {
                 map.data = data;
-                map.metadata.owner_references = owned.owner_references;
+                map.metadata.owner_references.clone_from(&owned.owner_references);
                 maps.replace(name, &parameters(), &map).await.map_err(failed)?;
             }
         }
@@ -259,17 +260,20 @@ impl Keeper {
         let name = &self.names.deployment;
         let found = deployments.get_metadata_opt(name).await;
         let found = found.map_err(|error| KeepError::Api(format!("Deployment {name}"), error))?;
-        let owner = found.and_then(|deployment| deployment.metadata.uid).map(|uid| OwnerReference {
+        // What is made while the release is being uninstalled would have no owner, and stay for good.
+        let found = found.filter(|deployment| deployment.metadata.deletion_timestamp.is_none());
+        let gone = || KeepError::NoDeployment(name.clone());
+        let owner = OwnerReference {
             api_version: "apps/v1".to_owned(),
             kind: "Deployment".to_owned(),
             name: name.clone(),
-            uid,
+            uid: found.and_then(|deployment| deployment.metadata.uid).ok_or_else(gone)?,
             ..OwnerReference::default()
-        });
+        };
         let labels = [(names::MANAGED_BY.to_owned(), names::MANAGER.to_owned())];
         Ok(ObjectMeta {
             labels: Some(labels.into()),
-            owner_references: owner.map(|owner| vec![owner]),
+            owner_references: Some(vec![owner]),
             ..ObjectMeta::default()
         })
     }

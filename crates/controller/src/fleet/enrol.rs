@@ -25,8 +25,11 @@ use crate::http::Health;
 /// The audience of agents' tokens: they are good for nothing else.
 pub const AUDIENCE: &str = "tote";
 
-/// How many agents are identified at once.
+/// How many agents the API server is asked about at once.
 const AT_ONCE: usize = 16;
+
+/// The longest token that is handed on to the API server, in bytes: its own have about 1 KiB.
+const LONGEST_TOKEN: usize = 16 << 10;
 
 /// How long a call of the API server may take.
 const CALL: Duration = Duration::from_secs(10);
@@ -229,8 +232,11 @@ impl Enrolment {
         endpoint: &Endpoint,
         standing: &Standing,
     ) -> Result<(), EnrolError> {
-        let _turn = self.at_once.acquire().await;
         let token = connection.attest(self.term.clone()).await.map_err(EnrolError::NoToken)?;
+        if token.len() > LONGEST_TOKEN {
+            return Err(Refused::Token(format!("it has {} bytes", token.len())).into());
+        }
+        let _turn = self.at_once.acquire().await;
         let claims = claims(&self.review(token).await?)?;
         let place = self.place(&claims).await?;
         judge(&claims, &place, endpoint, &self.account)?;

@@ -12,8 +12,8 @@ use crate::identity::Role;
 /// Connections that have yet to show a certificate.
 pub(super) const UNKNOWN: usize = 128;
 
-/// Connections of one node, and of controllers.
-pub(super) const PER_NODE: usize = 16;
+/// Connections of one node (it runs 8 transfers of 3 blobs at once), and of controllers.
+pub(super) const PER_NODE: usize = 32;
 pub(super) const CONTROLLERS: usize = 64;
 
 /// Connections of all.

@@ -5,8 +5,8 @@ mod admission;
 mod refusal;
 
 use std::pin::pin;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -54,7 +54,23 @@ struct Shared {
     builder: Builder<TokioExecutor>,
     admission: Admission,
     on_refusal: OnRefusal,
+    spoken: Spoken,
     stop: CancellationToken,
+}
+
+/// Lets a line into the log once a second: whoever knocks without end does not fill it.
+#[derive(Clone, Default)]
+struct Spoken(Arc<Mutex<Option<Instant>>>);
+
+impl Spoken {
+    fn may_speak(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1));
+        if may {
+            *last = Some(Instant::now());
+        }
+        may
+    }
 }
 
 /// Serves `agent` by gRPC, to controllers alone, and everything else by `distribution`, whose requests have the [`Peer`]
@@ -92,6 +108,7 @@ pub(crate) async fn serve_app(
         builder: builder(),
         admission: Admission::default(),
         on_refusal,
+        spoken: Spoken::default(),
         stop: stop.clone(),
     };
     let open = TaskTracker::new();
@@ -153,8 +170,10 @@ async fn welcome(shared: Shared, stream: TcpStream, number: u64) {
     let handshake = timeout(HANDSHAKE, shared.tls.accept(stream)).await;
     shared.admission.leave(number);
     let refused = |refusal: Refusal, error: &dyn std::fmt::Display| {
-        tracing::info!(%address, reason = refusal.label(), %error, "connection refused");
         (shared.on_refusal)(refusal);
+        if shared.spoken.may_speak() {
+            tracing::info!(%address, reason = refusal.label(), %error, "connection refused");
+        }
     };
     let stream = match handshake {
         Ok(Ok(stream)) => stream,

@@ -1,6 +1,10 @@
 //! Measures what the operator costs and how fast it is, on a cluster of its own: see `--help`.
 
-use std::path::Path;
+mod identities;
+mod sessions;
+mod stream;
+
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
@@ -17,13 +21,14 @@ use tote_e2e::images::{Layout, tiny};
 use tote_e2e::operator;
 use tote_e2e::registry::{self, Control as _, Registry};
 use tote_e2e::rescue::follow;
-use tote_e2e::tenant::{PodShape, Tenant};
+use tote_e2e::tenant::{PodShape, Tenant, is_ready};
 
 /// The cluster's name.
 const CLUSTER: &str = "figures";
 
-/// Salvages a 5 MB image several times and says how long each took; then the memory of controller and agents, and
-/// of the controller beside many pods. The cluster is removed at the end.
+/// Salvages a 5 MB image several times and says how long each took; then how long agents wait for a certificate, the
+/// memory of controller and agents, and of the controller beside many pods. The cluster is removed then. Last, what TLS
+/// costs a stream, and what idle sessions cost the controller.
 #[derive(Parser)]
 struct Arguments {
     /// How many salvages.
@@ -32,11 +37,26 @@ struct Arguments {
     /// How many pods the API server holds for the last figure.
     #[arg(long, default_value_t = 5000)]
     pods: usize,
+    /// How many sessions with idle agents the controller holds for the last figure.
+    #[arg(long, default_value_t = 1000)]
+    sessions: usize,
+    /// Only the figures that need no cluster.
+    #[arg(long)]
+    no_cluster: bool,
+    /// Be so many idle agents.
+    #[arg(long, hide = true, requires = "authority")]
+    simulate: Option<usize>,
+    /// Where their certificate authority is.
+    #[arg(long, hide = true)]
+    authority: Option<PathBuf>,
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    if let (Some(count), Some(authority)) = (arguments.simulate, &arguments.authority) {
+        return sessions::simulate(count, authority).await;
+    }
     Cluster::down(CLUSTER)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut measuring = tokio::spawn(measure(arguments));
@@ -51,6 +71,17 @@ async fn main() -> Result<()> {
 }
 
 async fn measure(arguments: Arguments) -> Result<()> {
+    if !arguments.no_cluster {
+        on_a_cluster(&arguments).await?;
+        block_in_place(|| Cluster::down(CLUSTER))?;
+    }
+    // On a thread of its own, which it pins.
+    let streaming = std::thread::spawn(stream::tls_against_plain);
+    block_in_place(|| streaming.join()).map_err(|_| anyhow!("measuring a stream panicked"))??;
+    sessions::memory(arguments.sessions).await
+}
+
+async fn on_a_cluster(arguments: &Arguments) -> Result<()> {
     let cluster = block_in_place(|| {
         let cluster = Cluster::up(&Options::new(CLUSTER), &|line| println!("{line}"))?;
         cluster.load_image(&operator::archive()?)?;
@@ -59,6 +90,7 @@ async fn measure(arguments: Arguments) -> Result<()> {
     })?;
     let tenant = Tenant::enter(cluster.client().await?, "figures", true).await?;
     salvages(&cluster, &tenant, arguments.salvages).await?;
+    certificates(&tenant).await?;
     memory(&cluster, &tenant, "at rest").await?;
     crowd(&tenant, arguments.pods).await?;
     memory(&cluster, &tenant, &format!("with {} pods in the API server", arguments.pods)).await
@@ -110,6 +142,37 @@ async fn salvages(cluster: &Cluster, tenant: &Tenant, count: usize) -> Result<()
         "median from failure to Running: {:.2} s",
         times.get(times.len() / 2).copied().unwrap_or_default()
     );
+    Ok(())
+}
+
+/// From an agent's start to its first certificate: as installed, and after each has been replaced.
+async fn certificates(tenant: &Tenant) -> Result<()> {
+    let pods: Api<Pod> = Api::namespaced(tenant.client(), operator::NAMESPACE);
+    let agents = ListParams::default().labels("app.kubernetes.io/component=agent");
+    println!("\nfrom an agent's start to its first certificate");
+    for when in ["installed", "replaced"] {
+        for pod in pods.list(&agents).await? {
+            let path = format!(
+                "/api/v1/namespaces/{}/pods/{}:8081/proxy/metrics",
+                operator::NAMESPACE,
+                pod.name_any()
+            );
+            let metrics = tenant.client().request_text(http::Request::get(path).body(Vec::new())?).await?;
+            let waited =
+                metrics.lines().find_map(|line| line.strip_prefix("tote_agent_first_certificate_seconds "));
+            let waited: f64 = waited.context("no such metric")?.parse()?;
+            println!("  {when:<10} {:<24} {waited:.2} s", pod.name_any());
+            if when == "installed" {
+                pods.delete(&pod.name_any(), &DeleteParams::default()).await?;
+            }
+        }
+        let replaced = || async {
+            let all = pods.list(&agents).await?.items;
+            let fresh = |pod: &Pod| pod.metadata.deletion_timestamp.is_none() && is_ready(pod);
+            Ok((all.len() == 3 && all.iter().all(fresh)).then_some(()))
+        };
+        tenant.until("three agents that are ready", Duration::from_secs(90), replaced).await?;
+    }
     Ok(())
 }
 
