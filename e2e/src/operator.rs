@@ -45,6 +45,9 @@ pub fn install(cluster: &Cluster, values: &[(&str, &str)]) -> Result<()> {
         helm.args(["--set", &format!("{name}={value}")]);
     }
     host::run(&mut helm).context("installing the chart")?;
+    // helm is content when as many as maxUnavailable are missing.
+    let status = ["-n", NAMESPACE, "rollout", "status", "daemonset/tote-agent", "--timeout=90s"];
+    host::run(&mut cluster.kubectl(&status)?).context("waiting for every agent")?;
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use tote_e2e::registry::Control as _;
 use tote_e2e::tenant::{PodShape, imported_reason, phase};
 use tote_e2e::{host, inspect, operator};
 
+use crate::known::authority_gone;
 use crate::play::Play;
 use crate::stage::{Alone, SOON, Scenario};
 
@@ -39,7 +40,7 @@ pub fn all() -> Vec<Scenario> {
 }
 
 /// Starts a job and waits until its status says that 10 to 90 % were moved.
-async fn half_way(play: &Play) -> Result<()> {
+pub async fn half_way(play: &Play) -> Result<()> {
     let big = play.big().await?;
     let image = big.reference.clone();
     // What an earlier scenario that failed has left would count as moved.
@@ -57,14 +58,14 @@ async fn half_way(play: &Play) -> Result<()> {
 }
 
 /// Percent of the bytes that have come from other nodes, by the job's status.
-fn share_moved(job: &SalvageJob) -> i64 {
+pub fn share_moved(job: &SalvageJob) -> i64 {
     let transfer = job.status.as_ref().and_then(|status| status.transfer).unwrap_or_default();
     transfer.transferred_bytes * 100 / transfer.total_bytes.max(1)
 }
 
 /// The job still ends Imported, nothing is left unfinished, and the image is whole: a pod runs it without a pull, on
 /// the root file system that the source's has.
-async fn ends_well(play: &Play) -> Result<SalvageJob> {
+pub async fn ends_well(play: &Play) -> Result<SalvageJob> {
     let job = play.tenant.imported(LONG).await?;
     let big = play.big().await?;
     play.assert_nothing_unfinished(&big.image).await?;
@@ -210,6 +211,7 @@ async fn namespace_deleted(play: Play) -> Result<()> {
 async fn helm_uninstalled(play: Play) -> Result<()> {
     half_way(&play).await?;
     operator::uninstall(play.cluster())?;
+    authority_gone(&play).await?;
     let job = play.tenant.jobs().get("big").await.context("the CRD and the jobs stay")?;
     ensure!(job.metadata.deletion_timestamp.is_none(), "the job is being deleted");
     play.tenant.clone().leave().await?;
@@ -219,7 +221,7 @@ async fn helm_uninstalled(play: Play) -> Result<()> {
 }
 
 /// SIGKILL to the container of a component, on a node or wherever it runs.
-async fn kill(play: &Play, component: &str, node: Option<&str>) -> Result<()> {
+pub async fn kill(play: &Play, component: &str, node: Option<&str>) -> Result<()> {
     let pods: Api<Pod> = Api::namespaced(play.tenant.client(), operator::NAMESPACE);
     let labels = ListParams::default().labels(&format!("app.kubernetes.io/component={component}"));
     let listed = pods.list(&labels).await?.items;

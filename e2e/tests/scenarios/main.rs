@@ -3,12 +3,19 @@
 //! `cargo test -p tote-e2e --test scenarios -- NAME` runs some of them. The cluster is made first, shared, and
 //! removed at the end, also after Ctrl-C.
 
+mod attacker;
+mod attacks;
 mod commands;
+mod crowd;
 mod faults;
+mod identity;
 mod jobs;
+mod known;
 mod outage;
 mod play;
 mod policy;
+mod reader;
+mod rogue;
 mod shapes;
 mod stage;
 
@@ -24,11 +31,16 @@ const THREADS: usize = 100;
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(THREADS);
-    let scenarios: Vec<Scenario> =
-        [outage::all(), shapes::all(), policy::all(), jobs::all(), commands::all(), faults::all()]
-            .into_iter()
-            .flatten()
-            .collect();
+    let scenarios = [
+        outage::all(),
+        shapes::all(),
+        policy::all(),
+        jobs::all(),
+        commands::all(),
+        identity::all(),
+        faults::all(),
+    ];
+    let scenarios: Vec<Scenario> = scenarios.into_iter().flatten().collect();
     if arguments.list {
         let trials = scenarios.into_iter().map(|scenario| Trial::test(scenario.name, || Ok(()))).collect();
         return libtest_mimic::run(&arguments, trials).exit_code();
