@@ -90,11 +90,7 @@ pub async fn run(
             }
         };
         let stop = stop.clone();
-        tasks.spawn(async move {
-            if let Err(error) = health::serve(listener, registry, not_ready, stop).await {
-                tracing::error!(%error, "health and metrics are no longer served");
-            }
-        });
+        tasks.spawn(health::serve(listener, registry, not_ready, stop));
     }
 
     let served = Served::new(containerd, metrics.clone());

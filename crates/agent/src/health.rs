@@ -15,7 +15,7 @@ pub async fn serve(
     registry: Registry,
     not_ready: impl Fn() -> Option<&'static str> + Clone + Send + Sync + 'static,
     stop: CancellationToken,
-) -> std::io::Result<()> {
+) {
     let registry = Arc::new(registry);
     let metrics = move || {
         let registry = registry.clone();
@@ -43,5 +43,5 @@ pub async fn serve(
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics));
-    axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await
+    tote_rpc::serve_plain(listener, app, stop).await;
 }

@@ -92,8 +92,9 @@ impl Standing {
             Ok(mounted) => {
                 tracing::info!(path, authorities = mounted.certificates().len(), "trusted authorities");
                 let mut known = self.lock();
-                known.mounted = mounted;
-                self.identity.trust(&known.given.clone().and(&known.mounted));
+                // It is newer than what the controller gave before it, which may have been retired since.
+                *known = Known { mounted, given: Authorities::default() };
+                self.identity.trust(&known.mounted);
             }
             // Those that were read before are trusted on.
             Err(error) => tracing::warn!(path, error, "cannot read the authorities to trust"),
@@ -148,6 +149,50 @@ mod tests {
         assert!(said().await.contains("0 bytes"), "{}", said().await);
         std::fs::write(&path, "abc\n").unwrap();
         assert_eq!(standing.token().await.unwrap(), "abc");
+    }
+
+    /// The mounted bundle is followed as it changes; what the controller gave before a change counts no more.
+    #[tokio::test]
+    async fn the_mounted_authorities_are_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ca.crt");
+        let mounts = Mounts { token: directory.path().join("token"), authorities: path.clone() };
+        let standing = Arc::new(Standing::new(Identity::new().unwrap(), "n", Some(mounts)));
+        let (one, two) = (Pki::new(), Pki::new());
+        let authorities = |pki: &Pki| vec![pki.authority.certificate().to_vec()];
+        let sign = |pki: &Pki| {
+            let (role, life) = (Role::Node("n".into()), Duration::from_secs(60));
+            let key = standing.identity.public_key();
+            pki.authority.sign(&role, None, key, SystemTime::now(), life).unwrap().to_vec()
+        };
+        // Whether a certificate of this authority would be taken if nothing were given with it but the other's.
+        let trusts = |pki: &Pki| standing.identity.install(sign(pki).into(), &Role::Node("n".into())).is_ok();
+        let follower = standing.clone();
+        let following = tokio::spawn(async move { follower.follow().await });
+        let until = async |what: &str, condition: &dyn Fn() -> bool| {
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+            while !condition() {
+                assert!(tokio::time::Instant::now() < deadline, "{what}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        std::fs::write(&path, one.authority.certificate_pem()).unwrap();
+        until("the first bundle", &|| trusts(&one)).await;
+        assert!(!trusts(&two));
+        std::fs::write(&path, "nonsense").unwrap();
+        standing.certify(sign(&two), authorities(&two)).unwrap();
+        assert!(trusts(&one) && trusts(&two), "both, and nonsense changes nothing");
+        let both = one.authority.certificate_pem().to_owned() + two.authority.certificate_pem();
+        std::fs::write(&path, both).unwrap();
+        until("the second bundle", &|| standing.lock().mounted.certificates().len() == 2).await;
+        assert!(trusts(&one) && trusts(&two));
+        std::fs::write(&path, two.authority.certificate_pem()).unwrap();
+        until("the first authority to be believed no more", &|| !trusts(&one)).await;
+        standing.certify(sign(&two), [authorities(&one), authorities(&two)].concat()).unwrap();
+        assert!(trusts(&one));
+        std::fs::write(&path, one.authority.certificate_pem()).unwrap();
+        until("what was given before to count no more", &|| !trusts(&two)).await;
+        following.abort();
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tote_agent::testing::{Blobs, tar};
 use tote_rpc::previous::agent_client::AgentClient;
 use tote_rpc::previous::session_request::Message as Up;
 use tote_rpc::previous::{self as before, import_event::Event, session_response::Message};
-use tote_rpc::testing::{Pki, channel};
+use tote_rpc::testing::{Pki, wire};
 
 const PATIENCE: Patience = Patience {
     head: Duration::from_secs(2),
@@ -57,7 +57,8 @@ async fn a_controller_of_the_version_before_is_understood() {
     known.pull_into(&target, "registry.test/known:1");
     let source = agent(&pki, "source", &holder, &stop).await;
     let address = agent(&pki, "target", &target, &stop).await;
-    let mut client = AgentClient::new(channel(address, &pki.controller()).await);
+    let (wire, origin) = wire(address, &pki.controller()).await;
+    let mut client = AgentClient::with_origin(wire, origin);
 
     let (requests, outgoing) = tokio::sync::mpsc::channel(1);
     let hello = before::Hello { term: Some(term(7)), node_name: "target".into() };

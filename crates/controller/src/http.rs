@@ -64,7 +64,7 @@ impl Health {
             return (self.started.elapsed() <= STANDBY_AFTER).then(|| "looking for a leader".to_owned());
         }
         if let Some(problem) = &*self.authority.lock().unwrap_or_else(PoisonError::into_inner) {
-            return Some(format!("certificate authority: {problem}"));
+            return Some(format!("certificate authority: {}", problem.split(':').next().unwrap_or_default()));
         }
         let synced = self.synced.load(Ordering::Relaxed);
         (!synced).then(|| "waiting for the first lists of the API server".to_owned())
@@ -78,10 +78,7 @@ pub async fn serve(listener: TcpListener, health: Arc<Health>, stop: Cancellatio
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .with_state(health);
-    let served = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await;
-    if let Err(error) = served {
-        tracing::error!(%error, "the metrics server ended");
-    }
+    tote_rpc::serve_plain(listener, app, stop).await;
 }
 
 async fn ready(State(health): State<Arc<Health>>) -> Response {

@@ -177,6 +177,9 @@ impl Metrics {
     /// Sets whether this replica leads.
     pub fn leading(&self, leading: bool) {
         self.leading.set(i64::from(leading));
+        if !leading {
+            self.authority_ends.set(0);
+        }
     }
 
     /// All of them in the `OpenMetrics` text format.

@@ -120,7 +120,10 @@ impl Performer {
                 }
                 let client = self.agents.client(&node);
                 let grants = Grants::new(self.agents.clone(), &request, &node, self.grant_life);
-                self.granted.insert(uid.clone(), (grants.clone(), Instant::now()));
+                if let Some((former, _)) = self.granted.insert(uid.clone(), (grants.clone(), Instant::now()))
+                {
+                    self.tasks.spawn(former.without(&grants).revoke());
+                }
                 let events = self.events.clone();
                 let follow = transfer::follow(client, request, grants, uid.clone(), stream, events);
                 let handle = self.tasks.spawn(follow);

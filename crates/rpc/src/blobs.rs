@@ -43,7 +43,8 @@ type Failed = Box<dyn std::error::Error + Send + Sync>;
 pub fn blob_client(identity: &Arc<Identity>) -> Result<BlobClient, rustls::Error> {
     let tls = TlsConnector::from(Arc::new(identity.client_config(b"http/1.1")?));
     Ok(Client::builder(TokioExecutor::new())
-        .pool_idle_timeout(Duration::from_secs(30))
+        // A peer closes what is idle for 10 s: a request may not meet that.
+        .pool_idle_timeout(Duration::from_secs(5))
         .pool_timer(TokioTimer::new())
         .pool_max_idle_per_host(4)
         .build(Peers { tls }))

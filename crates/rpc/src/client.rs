@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper_util::rt::TokioIo;
+use http::Uri;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::pki_types::{CertificateDer, ServerName};
 use thiserror::Error;
 use tokio::net::TcpStream;
@@ -13,17 +15,19 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
-use tower::service_fn;
 
 use crate::identity::{Authority, Identity, Peer, Unverified, public_key};
 use crate::v1;
+use crate::wire::Wire;
 
 /// A client of an agent's control plane.
-pub type AgentClient = v1::agent_client::AgentClient<Channel>;
+pub type AgentClient = v1::agent_client::AgentClient<Wire>;
 
 /// The largest control message taken, in bytes: an inventory chunk stays far below.
 pub(crate) const MAX_MESSAGE: usize = 16 << 20;
+
+/// The same from one who has yet to be identified: a token.
+const SHORT_MESSAGE: usize = 64 << 10;
 
 /// How long a connection may take to stand, each of TCP's and TLS's part.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -46,7 +50,7 @@ pub enum ConnectError {
     Tls(SocketAddr, io::Error),
     /// No HTTP/2 over that.
     #[error("agent at {0}: {1}")]
-    Http(SocketAddr, tonic::transport::Error),
+    Http(SocketAddr, hyper::Error),
 }
 
 /// A connection to whoever answered at an agent's address. It is asked nothing but who it is before it has shown a
@@ -65,17 +69,19 @@ pub async fn connect(
     node: &str,
     identity: &Arc<Identity>,
 ) -> Result<Connection, ConnectError> {
-    let (channel, certificate) = channel(address, identity).await?;
+    let (wire, certificate) = wire(address, identity).await?;
     let verified = identity.verify_node(&certificate, address.ip(), node);
-    let client = AgentClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+    // Whoever has yet to be identified has little to say.
+    let most = if verified.is_ok() { MAX_MESSAGE } else { SHORT_MESSAGE };
+    let client = AgentClient::with_origin(wire, origin(address)).max_decoding_message_size(most);
     Ok(Connection { client, certificate, verified })
 }
 
 /// A connection to anybody, and the certificate that was shown.
-pub(crate) async fn channel(
+pub(crate) async fn wire(
     address: SocketAddr,
     identity: &Arc<Identity>,
-) -> Result<(Channel, CertificateDer<'static>), ConnectError> {
+) -> Result<(Wire, CertificateDer<'static>), ConnectError> {
     let config = identity.lenient_config(b"h2");
     let config = config.map_err(|error| ConnectError::Tls(address, io::Error::other(error)))?;
     let stream = dial(address, &TlsConnector::from(Arc::new(config))).await?;
@@ -83,21 +89,27 @@ pub(crate) async fn channel(
     let certificate = shown.cloned().map(CertificateDer::into_owned);
     let certificate = certificate
         .ok_or_else(|| ConnectError::Tls(address, io::Error::other("the agent showed no certificate")))?;
-    let mut once = Some(TokioIo::new(stream));
-    let connector = service_fn(move |_| {
-        let stream = once.take().ok_or_else(|| io::Error::other("the connection has ended"));
-        std::future::ready(stream)
-    });
-    let endpoint = Endpoint::from_shared(format!("http://{address}"));
-    let channel = endpoint
-        .map_err(|error| ConnectError::Http(address, error))?
-        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
-        .connect_with_connector(connector)
+        .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| ConnectError::Http(address, error))?;
-    Ok((channel, certificate))
+    // It ends when the last client is dropped.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%address, %error, "connection to an agent ended");
+        }
+    });
+    Ok((Wire(sender), certificate))
+}
+
+/// What requests to an agent are addressed to.
+pub(crate) fn origin(address: SocketAddr) -> Uri {
+    let parts = Uri::builder().scheme("https").authority(address.to_string()).path_and_query("/");
+    parts.build().unwrap_or_default()
 }
 
 /// TLS over TCP.

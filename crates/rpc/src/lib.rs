@@ -24,8 +24,10 @@ mod server;
 #[cfg(feature = "testing")]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 pub mod testing;
+mod wire;
 
 pub use blobs::{BlobClient, blob_client};
 pub use client::{AgentClient, ConnectError, Connection, connect};
 pub use rustls::Error as TlsError;
-pub use server::{OnRefusal, Refusal, serve};
+pub use server::{OnRefusal, Refusal, serve, serve_plain};
+pub use wire::{SmallCodec, Wire};

@@ -120,9 +120,9 @@ pub async fn serve_app(
     crate::server::serve_app(listener, identity, app, Arc::new(|_| {}), stop).await.unwrap();
 }
 
-/// A connection to anybody, for a client of another version.
-pub async fn channel(address: SocketAddr, identity: &Arc<Identity>) -> tonic::transport::Channel {
-    crate::client::channel(address, identity).await.unwrap().0
+/// A connection to anybody, for a client of another version, and what its requests are addressed to.
+pub async fn wire(address: SocketAddr, identity: &Arc<Identity>) -> (crate::Wire, http::Uri) {
+    (crate::client::wire(address, identity).await.unwrap().0, crate::client::origin(address))
 }
 
 /// An agent that answers nothing, for servers of blobs alone.

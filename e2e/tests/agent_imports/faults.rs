@@ -7,7 +7,7 @@ use tote_e2e::tools::Containerd;
 use tote_rpc::testing::Pki;
 use tote_rpc::v1::{self, Cause, import_event::Event};
 
-use crate::node::{Node, PKI, Source, block_on, ended, until_moved};
+use crate::node::{Node, PKI, Source, WAIT, block_on, ended, until_moved};
 use crate::same;
 
 /// 60 MB at 20 MiB/s: some 3 s.
@@ -84,22 +84,32 @@ fn certificates_and_authorities_replaced() {
         for node in nodes {
             agents.push(node.agent().await);
         }
-        for trusted in [&[&other, &*PKI][..], &[&other]] {
-            for (node, agent) in nodes.into_iter().zip(&mut agents) {
-                node.certify(agent, &other, trusted).await;
-            }
+        for (node, agent) in nodes.into_iter().zip(&mut agents) {
+            node.certify(agent, &other, &[&other, &*PKI]).await;
         }
         let after = until_moved(&mut events, 0.4).await;
         assert!(after.transferred_bytes > before.transferred_bytes, "it goes on");
+        let (reference, sources) = (&transfer.reference, &[first, &second][..]);
+        let mut events = target.attach_by(&other, ID, reference, digest, sources).await.unwrap();
+        for (node, agent) in nodes.into_iter().zip(&mut agents) {
+            node.certify(agent, &other, &[&other]).await;
+        }
         let old = PKI.controller();
         old.trust(&other.bundle());
         let refused = target.agent_as(&old).await.cancel(v1::CancelRequest::default()).await;
         // Not because of the term, which it lacks as well.
         let code = refused.unwrap_err().code();
         assert_ne!(code, tonic::Code::InvalidArgument, "the first authority is believed no more");
-        let sources = &[&second][..];
-        let attached = target.attach_by(&other, ID, &transfer.reference, digest, sources);
-        ended(&mut attached.await.unwrap()).await.unwrap()
+        let ended = ended(&mut events).await.unwrap();
+        for mut agent in agents {
+            let gone = async {
+                while agent.cancel(v1::CancelRequest::default()).await.unwrap_err().code()
+                    == tonic::Code::InvalidArgument
+                {}
+            };
+            tokio::time::timeout(WAIT, gone).await.expect("connections of the first authority's end");
+        }
+        ended
     });
     assert_eq!(done.transferred_bytes, done.total_bytes, "nothing was moved twice");
     target.check_whole(&transfer.reference, "after the change");

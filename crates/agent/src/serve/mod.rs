@@ -7,6 +7,7 @@
 //! registry it is a tag of, which clients of a mirror give as `?ns=`.
 
 mod answer;
+mod feed;
 mod grants;
 mod path;
 
@@ -17,19 +18,20 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Query, Request, State};
 use axum::response::Response;
-use futures::TryStreamExt;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
 use http::{HeaderMap, Method};
 use serde::Deserialize;
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tote_image::{Digest, Document, MAX_DOCUMENT_BYTES, Reference};
 use tote_rpc::Refusal as Refused;
 use tote_rpc::identity::{Peer, Role};
 
 use self::answer::Refusal;
+use self::feed::{Turn, Uploads};
 pub use self::grants::{GrantError, Grants, blobs_below};
 use self::path::{Asked, Path, Version};
-use crate::containerd::{Containerd, Error};
+use crate::containerd::{ByteStream, Containerd, Error};
 use crate::metrics::Metrics;
 
 /// What the API needs.
@@ -41,22 +43,20 @@ pub struct Served {
     pub metrics: Arc<Metrics>,
     /// Who may read what.
     pub grants: Grants,
-    /// Blobs that are sent at once: each holds up to 2 MiB, a slow reader's for as long as it likes.
-    uploads: Arc<Semaphore>,
+    /// How long a reader may leave a piece that was sent to it.
+    pub stall: Duration,
+    uploads: Arc<Uploads>,
 }
 
 impl Served {
     /// With nothing granted to anybody.
     pub fn new(containerd: Arc<dyn Containerd>, metrics: Arc<Metrics>) -> Self {
-        Self { containerd, metrics, grants: Grants::default(), uploads: Arc::new(Semaphore::new(UPLOADS)) }
+        Self { containerd, metrics, grants: Grants::default(), stall: STALL, uploads: Arc::default() }
     }
 }
 
-/// How many blobs are sent at once.
-const UPLOADS: usize = 32;
-
-/// How long a request waits for its turn to be sent a blob.
-const TURN: Duration = Duration::from_secs(5);
+/// A capped target reads slowly, one that is gone not at all.
+const STALL: Duration = Duration::from_secs(120);
 
 /// Who asks.
 struct Reader<'a> {
@@ -73,8 +73,21 @@ impl Reader<'_> {
         Err(self.denied(digest.as_str()))
     }
 
+    async fn turn(&self) -> Result<Turn, Refusal> {
+        let busy = || Refusal::Unavailable("this node sends as much as it may at once".to_owned());
+        self.served.uploads.turn(&self.node).await.ok_or_else(busy)
+    }
+
+    /// A body of these pieces of a blob, which is cut off when the grant ends.
+    fn feed(&self, digest: &Digest, pieces: ByteStream, turn: Turn) -> Body {
+        let (grants, node, blob) = (self.served.grants.clone(), self.node.clone(), digest.clone());
+        let metrics = self.served.metrics.clone();
+        let may_read = move || grants.allow(&node, &blob, Instant::now());
+        Body::from_stream(feed::feed(pieces, turn, may_read, move |n| metrics.served(n), self.served.stall))
+    }
+
     fn denied(&self, what: &str) -> Refusal {
-        tracing::info!(node = self.node, what, "refused: not granted");
+        tracing::debug!(node = self.node, what, "refused: not granted");
         self.served.metrics.refused(Refused::Grant);
         Refusal::Denied
     }
@@ -128,6 +141,7 @@ async fn manifest(
     };
     reader.may_read(&digest)?;
     let served = reader.served;
+    let turn = reader.turn().await?;
     let unknown = || Refusal::ManifestUnknown(digest.to_string());
     let found = served.containerd.blob(&digest).await?.ok_or_else(unknown)?;
     if found.size > MAX_DOCUMENT_BYTES {
@@ -142,8 +156,8 @@ async fn manifest(
     let range = answer::range(headers, length)?;
     let (from, to) = range.clone().map_or((0, length), |range| (*range.start(), *range.end() + 1));
     let part = usize::try_from(from).unwrap_or_default()..usize::try_from(to).unwrap_or_default();
-    served.metrics.served(to - from);
-    let body = Body::from(bytes.get(part).unwrap_or_default().to_vec());
+    let piece = Bytes::copy_from_slice(bytes.get(part).unwrap_or_default());
+    let body = reader.feed(&digest, stream::iter([Ok(piece)]).boxed(), turn);
     Ok(answer::content(&digest, &media_type, length, range, body))
 }
 
@@ -166,36 +180,13 @@ async fn blob(reader: &Reader<'_>, digest: &Digest, headers: &HeaderMap) -> Resu
     let found = served.containerd.blob(digest).await?.ok_or_else(unknown)?;
     let range = answer::range(headers, found.size)?;
     let (from, to) = range.clone().map_or((0, found.size), |range| (*range.start(), *range.end() + 1));
-    let turn = timeout(TURN, served.uploads.clone().acquire_owned()).await;
-    let Ok(Ok(turn)) = turn else {
-        return Err(Refusal::Unavailable(format!("{UPLOADS} blobs are being sent already")));
-    };
-    let metrics = served.metrics.clone();
+    let turn = reader.turn().await?;
     let pieces = match served.containerd.read(digest, from, to - from).await {
         Err(Error::NotFound(_)) => return Err(unknown()),
         other => other?,
     };
-    let (grants, node, blob) = (served.grants.clone(), reader.node.clone(), digest.clone());
-    // A grant that ends, ends what is under way.
-    let pieces = pieces.map_err(Cut::Containerd).and_then(move |piece| {
-        let granted = grants.allow(&node, &blob, Instant::now());
-        std::future::ready(if granted { Ok(piece) } else { Err(Cut::Ended) })
-    });
-    let pieces = pieces.inspect_ok(move |piece| {
-        let _until_sent = &turn;
-        metrics.served(piece.len() as u64);
-    });
-    let body = Body::from_stream(pieces);
+    let body = reader.feed(digest, pieces, turn);
     Ok(answer::content(digest, "application/octet-stream", found.size, range, body))
-}
-
-/// Why a body breaks off.
-#[derive(Debug, thiserror::Error)]
-enum Cut {
-    #[error(transparent)]
-    Containerd(Error),
-    #[error("the grant has ended")]
-    Ended,
 }
 
 #[cfg(test)]

@@ -11,6 +11,18 @@ use crate::containerd::Fake;
 use crate::import::TransferId;
 use crate::testing::{Blobs, tar};
 
+/// More than the pieces that wait for a reader.
+fn noise() -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[0]
+    };
+    std::iter::repeat_with(&mut next).take(200_000).collect()
+}
+
 struct Registry {
     router: Router,
     image: Blobs,
@@ -20,15 +32,27 @@ struct Registry {
 
 impl Registry {
     fn new() -> Self {
+        Self::with_stall(Duration::from_secs(60))
+    }
+
+    fn with_stall(stall: Duration) -> Self {
         let fake = Fake::default();
-        let image = Blobs::image(&[tar(&[("a", b"some bytes")])]).indexed();
+        let image = Blobs::image(&[tar(&[("a", &noise())])]).indexed();
         image.pull_into(&fake, "registry.test/a/b:1");
         let metrics = Arc::<Metrics>::default();
-        let served = Served::new(Arc::new(fake), metrics.clone());
+        let served = Served { stall, ..Served::new(Arc::new(fake), metrics.clone()) };
         let grants = served.grants.clone();
         let registry = Self { router: router(served), image, grants, metrics };
         registry.grant("reader", &registry.image.digests());
         registry
+    }
+
+    /// Asks as the reader and reads no body.
+    async fn open(&self, path: &str) -> Response {
+        let role = Role::Node("reader".into());
+        let peer = Peer { role, not_before: std::time::UNIX_EPOCH, not_after: std::time::UNIX_EPOCH };
+        let request = Request::get(path).extension(peer).body(Body::empty()).unwrap();
+        self.router.clone().oneshot(request).await.unwrap()
     }
 
     fn refused(&self, reason: &str) -> u64 {
@@ -195,26 +219,48 @@ async fn a_grant_that_ends_cuts_off_what_is_under_way() {
     assert!(error.to_string().contains("the grant has ended"), "{error}");
 }
 
-/// Slow readers hold what is being sent to them: there is an end to that, and others wait for a turn, not for ever.
+/// A node that does not read holds its share for a while, and never that of others.
 #[tokio::test]
-async fn so_many_are_sent_at_once() {
-    let registry = Registry::new();
+async fn those_who_do_not_read_hold_nothing_for_long() {
+    let registry = Registry::with_stall(Duration::from_secs(8));
+    registry.grant("other", &registry.image.digests());
     let path = format!("/v2/a/b/blobs/{}", registry.image.layers[0].digest);
-    let peer = Peer {
-        role: Role::Node("reader".into()),
-        not_before: std::time::UNIX_EPOCH,
-        not_after: std::time::UNIX_EPOCH,
-    };
-    let ask = async || {
-        let request = Request::get(&path).extension(peer.clone()).body(Body::empty()).unwrap();
+    let document = format!("/v2/a/b/manifests/{}", registry.image.target.digest);
+    let ask = async |node: &str, path: &str| {
+        let role = Role::Node(node.into());
+        let peer = Peer { role, not_before: std::time::UNIX_EPOCH, not_after: std::time::UNIX_EPOCH };
+        let request = Request::get(path).extension(peer).body(Body::empty()).unwrap();
         registry.router.clone().oneshot(request).await.unwrap()
     };
-    let mut slow = Vec::new();
-    for _ in 0..UPLOADS {
-        slow.push(ask().await);
+    // A small body waits whole in the queue; the second piece of a larger one would wait for the reader.
+    let held = futures::future::join_all((0..feed::SHARE).map(|_| ask("reader", &path))).await;
+    assert!(held.iter().all(|answer| answer.status() == StatusCode::OK));
+    let all = futures::future::join_all((0..feed::UPLOADS - feed::SHARE).map(|_| ask("other", &path))).await;
+    assert!(all.iter().all(|answer| answer.status() == StatusCode::OK), "the share of another");
+    let (more, documents) = (ask("reader", &path).await, ask("other", &document).await);
+    assert_eq!(more.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(documents.status(), StatusCode::SERVICE_UNAVAILABLE, "manifests take turns as well");
+    drop(all);
+    assert_eq!(ask("other", &document).await.status(), StatusCode::OK);
+    // Nobody has read, nobody has gone: what they held comes back all the same.
+    let free = async { while ask("reader", &path).await.status() != StatusCode::OK {} };
+    tokio::time::timeout(Duration::from_secs(20), free).await.expect("those who stall lose their turn");
+    drop(held);
+}
+
+/// Revoked, it is over at once for those who do not read as well.
+#[tokio::test]
+async fn a_grant_that_ends_frees_what_nobody_reads() {
+    let registry = Registry::with_stall(Duration::from_secs(600));
+    let path = format!("/v2/a/b/blobs/{}", registry.image.layers[0].digest);
+    let mut held = Vec::new();
+    for _ in 0..feed::SHARE {
+        held.push(registry.open(&path).await);
     }
-    assert!(slow.iter().all(|answer| answer.status() == StatusCode::OK));
-    assert_eq!(ask().await.status(), StatusCode::SERVICE_UNAVAILABLE);
-    slow.pop();
-    assert_eq!(ask().await.status(), StatusCode::OK);
+    assert_eq!(registry.open(&path).await.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(registry.grants.revoke(&TransferId::parse("for-reader").unwrap(), Instant::now()));
+    registry.grant("reader", &[Digest::sha256(b"something else"), registry.image.target.digest.clone()]);
+    let document = format!("/v2/a/b/manifests/{}", registry.image.target.digest);
+    let free = async { while registry.open(&document).await.status() != StatusCode::OK {} };
+    tokio::time::timeout(Duration::from_secs(20), free).await.expect("what ended holds no turn");
 }

@@ -26,6 +26,11 @@ impl Terms {
         if term.lease_uid.is_empty() {
             return Err(Status::invalid_argument("term.lease_uid: must be set"));
         }
+        // An int32 in the Lease: whoever says more would keep every true leader out.
+        if i32::try_from(term.lease_transitions).is_err() {
+            let message = format!("term.lease_transitions {}: must fit 32 bits", term.lease_transitions);
+            return Err(Status::invalid_argument(message));
+        }
         let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = heard.newest.clone();
         if heard.retired.contains(&term.lease_uid) {
@@ -65,6 +70,7 @@ mod tests {
             terms.admit(&term).err().map(|status| status.code())
         };
         assert_eq!(code("", 1), Some(Code::InvalidArgument));
+        assert_eq!(code("a", i64::MAX), Some(Code::InvalidArgument));
         assert_eq!(code("a", 3), None);
         assert_eq!(code("a", 3), None);
         assert_eq!(code("a", 2), Some(Code::FailedPrecondition));

@@ -121,3 +121,32 @@ async fn the_one_that_completes_is_not_blamed() {
     assert!(done.transferred_bytes > done.total_bytes, "what was thrown away had been moved too");
     check_complete(&target, &image, NAME).await;
 }
+
+/// No peer can send an agent to an address that the controller did not name.
+#[tokio::test]
+async fn no_peer_sends_it_elsewhere() {
+    let image = image();
+    let (bad, elsewhere) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    for digest in [&image.target.digest, &image.layers[0].digest] {
+        bad.behave();
+        bad.trick(digest, Trick::Redirect(elsewhere.address));
+        let target = Fake::default();
+        let failed = import(&agent(&target), request("t", NAME, &image, &[&bad])).await.unwrap_err();
+        assert_eq!(failed.cause(), Cause::NoSource, "{}", failed.message);
+        assert!(failed.message.contains("307"), "{}", failed.message);
+    }
+    for digest in image.digests() {
+        assert_eq!(elsewhere.asked(&digest), 0);
+    }
+}
+
+/// Nor is another node's agent taken for the one that the controller named.
+#[tokio::test]
+async fn another_nodes_agent_is_not_believed() {
+    let image = image();
+    let mut named = Peer::holding(&image, NAME).await;
+    named.node = "somebody-else".to_owned();
+    let failed = import(&agent(&Fake::default()), request("t", NAME, &image, &[&named])).await.unwrap_err();
+    assert_eq!(failed.cause(), Cause::NoSource, "{}", failed.message);
+    assert!(failed.message.contains("not the agent of that node"), "{}", failed.message);
+}

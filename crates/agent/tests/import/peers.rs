@@ -48,6 +48,8 @@ pub enum Trick {
     Hang,
     /// This status.
     Status(u16),
+    /// To another address.
+    Redirect(SocketAddr),
 }
 
 /// A peer on loopback.
@@ -151,6 +153,12 @@ async fn perform(trick: Trick, answer: Response) -> Response {
             Body::from_stream(stream::iter([first(count)]))
         }
         Trick::Hang => std::future::pending().await,
+        Trick::Redirect(to) => {
+            parts.status = StatusCode::TEMPORARY_REDIRECT;
+            parts.headers.remove("content-length");
+            parts.headers.insert("location", format!("https://{to}/v2/x/blobs/y").parse().unwrap());
+            Body::empty()
+        }
         Trick::Status(status) => {
             parts.status = StatusCode::from_u16(status).unwrap();
             parts.headers.remove("content-length");

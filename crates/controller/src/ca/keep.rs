@@ -29,6 +29,9 @@ const LOOK: Duration = Duration::from_secs(3);
 /// How long one look may take.
 const DEADLINE: Duration = Duration::from_secs(20);
 
+/// The first step of replacing an authority, as metrics name it.
+const STAGED: &str = "staged";
+
 /// Key of the `ConfigMap`'s data.
 const BUNDLE: &str = "ca.crt";
 
@@ -113,6 +116,26 @@ impl Keeper {
         self.standing.subscribe()
     }
 
+    /// A fresh certificate for the controller, by the authority that stands, if it is time.
+    fn renew_own(&self) -> Result<(), KeepError> {
+        let Some(before) = self.standing.borrow().clone() else { return Ok(()) };
+        let now = SystemTime::now();
+        if self.identity.certified().borrow().as_ref().is_some_and(|own| now < own.renew_at()) {
+            return Ok(());
+        }
+        self.certify(before.authority(), now)?;
+        let Standing { signer, trusted, own } = &*before;
+        let standing = Standing { signer: signer.clone(), trusted: *trusted, own: own + 1 };
+        self.standing.send_replace(Some(Arc::new(standing)));
+        Ok(())
+    }
+
+    fn certify(&self, authority: &Authority, now: SystemTime) -> Result<(), KeepError> {
+        let certificate =
+            authority.sign(&Role::Controller, None, self.identity.public_key(), now, self.life)?;
+        Ok(self.identity.install(certificate, &Role::Controller)?)
+    }
+
     /// Runs until dropped.
     pub async fn run(self) {
         loop {
@@ -122,6 +145,10 @@ impl Keeper {
                 Err(error) => {
                     tracing::warn!(%error, "certificate authority");
                     self.health.set_authority(Some(error.to_string()));
+                    // What stands goes on standing, and the controller's own certificate with it.
+                    if let Err(error) = self.renew_own() {
+                        tracing::warn!(%error, "certificate authority");
+                    }
                 }
             }
             tokio::time::sleep(LOOK).await;
@@ -129,64 +156,76 @@ impl Keeper {
     }
 
     async fn look(&self) -> Result<(), KeepError> {
-        let now = Timestamp::now();
-        let given = self.given().await?;
-        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.names.namespace);
-        let what = format!("Secret {}", self.names.kept);
-        let kept = &self.names.kept;
-        let found = secrets.get_opt(kept).await.map_err(|error| KeepError::Api(what.clone(), error))?;
         let owned = self.metadata().await?;
-        let Some(secret) = found else {
-            let ca = match (&*self.standing.borrow(), &given) {
-                // Deleted by hand: it is put back.
-                (Some(standing), _) => standing.signer.stored(),
-                (None, Some(given)) => {
-                    Ca::new(given.given().map_err(|source| self.of_given(source))?).stored()
-                }
-                (None, None) => Ca::new(Ca::make(SystemTime::now())?).stored(),
-            };
-            let metadata = ObjectMeta { name: Some(kept.clone()), ..owned.clone() };
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.names.namespace);
+        let what = || format!("Secret {}", self.names.kept);
+        let found = secrets.get_opt(&self.names.kept).await;
+        let Some(secret) = found.map_err(|error| KeepError::Api(what(), error))? else {
+            let ca = self.first().await?;
+            let metadata = ObjectMeta { name: Some(self.names.kept.clone()), ..owned.clone() };
             let secret = filled(Secret { metadata, ..Secret::default() }, ca);
-            tracing::info!(secret = kept, "keeping the certificate authority");
+            tracing::info!(secret = self.names.kept, "keeping the certificate authority");
             let made = secrets.create(&parameters(), &secret).await;
-            made.map_err(|error| KeepError::Api(what, error))?;
-            return self.settle(&secret, &owned).await;
+            made.map_err(|error| KeepError::Api(what(), error))?;
+            return self.settle(&secret, &owned).await.map(drop);
         };
-        let ca = self.read(&secret)?;
-        let asked = secret.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(ROTATE));
-        let origin = given.as_ref().map_or(Origin::Own { asked }, Origin::Given);
-        let next = match ca.due(&origin, now).map_err(|source| self.of_given(source))? {
-            Step::Rest => None,
-            Step::Make => Some(("staged", ca.stage(Ca::make(now.into())?, now))),
-            Step::Take(authority) => Some(("staged", ca.stage(*authority, now))),
-            Step::Promote => Some(("promoted", ca.promote(now))),
-            Step::Retire => Some(("retired", ca.retire())),
-        };
-        let secret = match next {
-            None if secret.metadata.owner_references == owned.owner_references => secret,
-            next => {
-                let stored = next.as_ref().map_or_else(|| stored(&secret), |(_, ca)| ca.stored());
-                let mut changed = filled(secret, stored);
-                changed.metadata.owner_references.clone_from(&owned.owner_references);
-                // The resourceVersion goes along: what somebody else wrote meanwhile is not lost.
-                let written = secrets.replace(kept, &parameters(), &changed).await;
-                let written = written.map_err(|error| KeepError::Api(what, error))?;
-                if let Some((step, ca)) = &next {
-                    let ends = Timestamp::try_from(ca.signer.not_after()).unwrap_or(Timestamp::MAX);
-                    tracing::info!(step, signer_ends = %ends, "certificate authority changes");
-                    self.health.metrics.authority_changed(step);
-                }
-                written
-            }
-        };
-        self.settle(&secret, &owned).await
+        // What stands is kept in order first: nothing that is wrong with what comes next may stop that.
+        let is_news = self.settle(&secret, &owned).await?;
+        let next = self.next(&secret, is_news).await?;
+        if next.is_none() && secret.metadata.owner_references == owned.owner_references {
+            return Ok(());
+        }
+        let contents = next.as_ref().map_or_else(|| stored(&secret), |(_, ca)| ca.stored());
+        let mut changed = filled(secret, contents);
+        changed.metadata.owner_references.clone_from(&owned.owner_references);
+        if matches!(next, Some((STAGED, _))) {
+            // What was asked for is begun.
+            changed.metadata.annotations.get_or_insert_default().remove(ROTATE);
+        }
+        // The resourceVersion goes along: what somebody else wrote meanwhile is not lost.
+        let written = secrets.replace(&self.names.kept, &parameters(), &changed).await;
+        let written = written.map_err(|error| KeepError::Api(what(), error))?;
+        if let Some((step, ca)) = &next {
+            let ends = Timestamp::try_from(ca.signer.not_after()).unwrap_or(Timestamp::MAX);
+            tracing::info!(step, signer_ends = %ends, "certificate authority changes");
+            self.health.metrics.authority_changed(step);
+        }
+        self.settle(&written, &owned).await.map(drop)
     }
 
-    /// What is stored holds from now on: it is published, and the controller has a certificate by it.
-    async fn settle(&self, secret: &Secret, owned: &ObjectMeta) -> Result<(), KeepError> {
+    /// The first that is stored: the one that stands, if its Secret was deleted by hand; somebody else's; or a new one.
+    async fn first(&self) -> Result<Stored, KeepError> {
+        if let Some(standing) = &*self.standing.borrow() {
+            return Ok(standing.signer.stored());
+        }
+        Ok(match self.given().await? {
+            Some(given) => Ca::new(given.given().map_err(|source| self.of_given(source))?).stored(),
+            None => Ca::new(Ca::make(SystemTime::now())?).stored(),
+        })
+    }
+
+    /// The step that is due, if one is. What has been published only now is news: nobody signs by it yet.
+    async fn next(&self, secret: &Secret, is_news: bool) -> Result<Option<(&'static str, Ca)>, KeepError> {
+        let (ca, now) = (self.read(secret)?, Timestamp::now());
+        let asked = secret.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(ROTATE));
+        let given = self.given().await?;
+        let origin = given.as_ref().map_or(Origin::Own { asked }, Origin::Given);
+        Ok(match ca.due(&origin, now).map_err(|source| self.of_given(source))? {
+            Step::Rest => None,
+            Step::Make => Some((STAGED, ca.stage(Ca::make(now.into())?, now))),
+            Step::Take(authority) => Some((STAGED, ca.stage(*authority, now))),
+            Step::Promote if is_news => Some((STAGED, ca.stage_again(now))),
+            Step::Promote => Some(("promoted", ca.promote(now))),
+            Step::Retire => Some(("retired", ca.retire())),
+        })
+    }
+
+    /// What is stored holds from now on: it is published, and the controller has a certificate by it. Tells whether it had
+    /// to be published.
+    async fn settle(&self, secret: &Secret, owned: &ObjectMeta) -> Result<bool, KeepError> {
         let ca = self.read(secret)?;
         let bundle = ca.bundle();
-        self.publish(&bundle, owned).await?;
+        let is_news = self.publish(&bundle, owned).await?;
         let before = self.standing.borrow().clone();
         let is_changed = before.as_ref().is_none_or(|before| before.bundle() != bundle);
         if is_changed {
@@ -199,9 +238,7 @@ impl Keeper {
                 .as_ref()
                 .is_some_and(|before| before.authority().certificate() == ca.signer.certificate());
         if !is_fresh {
-            let certificate =
-                ca.signer.sign(&Role::Controller, None, self.identity.public_key(), now, self.life)?;
-            self.identity.install(certificate, &Role::Controller)?;
+            self.certify(&ca.signer, now)?;
         }
         let ends = ca.signer.not_after().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.health.metrics.authority_ends(ends);
@@ -212,7 +249,7 @@ impl Keeper {
             let (trusted, own) = (count(|s| s.trusted, is_changed), count(|s| s.own, !is_fresh));
             self.standing.send_replace(Some(Arc::new(Standing { signer: Arc::new(ca), trusted, own })));
         }
-        Ok(())
+        Ok(is_news)
     }
 
     fn read(&self, secret: &Secret) -> Result<Ca, KeepError> {
@@ -232,8 +269,8 @@ impl Keeper {
         Ok(Some(stored(&found.ok_or_else(|| KeepError::NotGiven(name.clone()))?)))
     }
 
-    /// Writes the bundle that agents mount.
-    async fn publish(&self, bundle: &Authorities, owned: &ObjectMeta) -> Result<(), KeepError> {
+    /// Writes the bundle that agents mount. Tells whether there was another, or none.
+    async fn publish(&self, bundle: &Authorities, owned: &ObjectMeta) -> Result<bool, KeepError> {
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.names.namespace);
         let failed = |error| KeepError::Api(format!("ConfigMap {}", self.names.kept), error);
         let name = &self.names.kept;
@@ -244,14 +281,16 @@ impl Keeper {
                 let map = ConfigMap { metadata, data, ..ConfigMap::default() };
                 maps.create(&parameters(), &map).await.map_err(failed)?;
             }
-            Some(map) if map.data == data && map.metadata.owner_references == owned.owner_references => {}
+            Some(map) if map.data == data && map.metadata.owner_references == owned.owner_references => {
+                return Ok(false);
+            }
             Some(mut map) => {
                 map.data = data;
                 map.metadata.owner_references.clone_from(&owned.owner_references);
                 maps.replace(name, &parameters(), &map).await.map_err(failed)?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// What all that is kept has: labels, and the Deployment as its owner.
@@ -293,7 +332,7 @@ fn stored(secret: &Secret) -> Stored {
 /// The Secret with its contents replaced; what it bears beside stays.
 fn filled(secret: Secret, stored: Stored) -> Secret {
     let mut annotations = secret.metadata.annotations.unwrap_or_default();
-    for ours in [STAGED_AT, PROMOTED_AT, ROTATE] {
+    for ours in [STAGED_AT, PROMOTED_AT] {
         annotations.remove(ours);
     }
     annotations.extend(stored.annotations);

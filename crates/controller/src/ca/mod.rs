@@ -183,15 +183,22 @@ impl Ca {
             let at = after(*staged, PUBLISHED);
             // A signer that has ended is waited for by nobody.
             let ended = self.signer.not_after() <= SystemTime::from(now);
-            return Ok(if at > now && !ended { Step::Rest } else { Step::Promote });
+            // A time that is yet to come was written by a clock that was wrong.
+            let waits = *staged <= now && at > now;
+            return Ok(if waits && !ended { Step::Rest } else { Step::Promote });
         }
-        if self.former.as_ref().is_some_and(|(_, promoted)| after(*promoted, RETIRED) <= now) {
+        if self
+            .former
+            .as_ref()
+            .is_some_and(|(_, promoted)| *promoted > now || after(*promoted, RETIRED) <= now)
+        {
             return Ok(Step::Retire);
         }
         match origin {
             Origin::Given(stored) => {
                 let given = stored.given()?;
                 if given.certificate() != self.signer.certificate() {
+                    given.try_out().map_err(|error| StoredError::Authority(CERTIFICATE, error))?;
                     if given.not_after() <= SystemTime::from(now) {
                         return Err(StoredError::Malformed(CERTIFICATE, "it is no longer valid".to_owned()));
                     }
@@ -214,6 +221,12 @@ impl Ca {
     #[must_use]
     pub fn stage(self, next: Authority, now: Timestamp) -> Self {
         Self { next: Some((next, now)), ..self }
+    }
+
+    /// The next one has been published only now: it waits from now on.
+    #[must_use]
+    pub fn stage_again(self, now: Timestamp) -> Self {
+        Self { next: self.next.map(|(next, _)| (next, now)), ..self }
     }
 
     /// The next one signs; the signer is trusted for a while.
@@ -284,6 +297,17 @@ mod tests {
         let ca = ca.retire();
         assert_eq!(ca.bundle().certificates().len(), 1);
         assert!(!ca.is_changing());
+    }
+
+    #[test]
+    fn what_was_published_late_waits_anew_and_what_is_yet_to_come_does_not() {
+        let ca = Ca::new(made(0)).stage(made(1), at(10)).stage_again(at(200));
+        assert!(matches!(ca.due(&OWN, at(300)), Ok(Step::Rest)));
+        assert!(matches!(ca.due(&OWN, at(320)), Ok(Step::Promote)));
+        // Written by a clock that was ahead, and has been put right.
+        let ca = Ca::new(made(0)).stage(made(1), at(9_000));
+        assert!(matches!(ca.due(&OWN, at(10)), Ok(Step::Promote)));
+        assert!(matches!(ca.promote(at(9_000)).due(&OWN, at(10)), Ok(Step::Retire)));
     }
 
     #[test]

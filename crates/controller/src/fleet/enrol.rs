@@ -31,6 +31,9 @@ const AT_ONCE: usize = 16;
 /// The longest token that is handed on to the API server, in bytes: its own have about 1 KiB.
 const LONGEST_TOKEN: usize = 16 << 10;
 
+/// How long all of it may take, with the wait for a turn.
+const DEADLINE: Duration = Duration::from_secs(40);
+
 /// How long a call of the API server may take.
 const CALL: Duration = Duration::from_secs(10);
 
@@ -92,7 +95,7 @@ pub enum Refused {
 #[derive(Debug, Error)]
 pub enum EnrolError {
     /// It handed over no token.
-    #[error("the agent hands over no token: {}", .0.message())]
+    #[error("the agent hands over no token: {:?}", .0.message())]
     NoToken(Status),
     /// It could not be found out who it is.
     #[error("cannot find out who it is: {0}")]
@@ -104,7 +107,7 @@ pub enum EnrolError {
     #[error(transparent)]
     Sign(#[from] AuthorityError),
     /// It did not take the certificate.
-    #[error("the agent does not take its certificate: {}", .0.message())]
+    #[error("the agent does not take its certificate: {:?}", .0.message())]
     NotTaken(Status),
 }
 
@@ -221,7 +224,9 @@ impl Enrolment {
         endpoint: &Endpoint,
         standing: &Standing,
     ) -> Result<(), EnrolError> {
-        let result = self.attempt(connection, endpoint, standing).await;
+        let late = |_| EnrolError::Unknown(format!("it took longer than {DEADLINE:?}"));
+        let result =
+            timeout(DEADLINE, self.attempt(connection, endpoint, standing)).await.map_err(late).flatten();
         self.health.metrics.enrolment(result.as_ref().map_or_else(EnrolError::label, |()| "signed"));
         result
     }

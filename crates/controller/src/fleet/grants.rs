@@ -91,6 +91,13 @@ impl Grants {
         })
     }
 
+    /// Those of these sources that another list of sources has no more, to be taken back.
+    #[must_use]
+    pub fn without(mut self, other: &Self) -> Self {
+        self.asked.retain(|node, _| !other.asked.contains_key(node));
+        self
+    }
+
     /// Takes them back. One that cannot be reached forgets them by itself.
     pub async fn revoke(self) {
         let revoked =

@@ -249,6 +249,8 @@ struct Open {
     up: FleetEvent,
     /// By which certificates it stands, and when the agent's is to be replaced.
     standing: Arc<Standing>,
+    /// Whether the agent was told whom to trust by it.
+    is_told: bool,
     renew_at: SystemTime,
 }
 
@@ -256,9 +258,10 @@ struct Open {
 /// are to be trusted, another connection takes the place of the first; the session goes on.
 async fn session(endpoint: &Endpoint, shared: &Shared, up: &mut bool) -> Result<(), SessionError> {
     let mut standings = shared.enrolment.standing();
-    let mut open = open(endpoint, shared, None).await?;
+    // Large while it runs, and gone then: there are thousands of sessions.
+    let mut open = Box::pin(open(endpoint, shared, None)).await?;
     loop {
-        let Open { client, mut incoming, _requests, up: event, standing, mut renew_at } = open;
+        let Open { client, mut incoming, _requests, up: event, standing, is_told, mut renew_at } = open;
         shared.agents.set(&endpoint.node, Some(client));
         *up = true;
         let _ = shared.events.send(event).await;
@@ -282,7 +285,7 @@ async fn session(endpoint: &Endpoint, shared: &Shared, up: &mut bool) -> Result<
                         renew_at = renew_at.min(SystemTime::now() + spread(&endpoint.node, SPREAD));
                     }
                 }
-                () = due => match self::open(endpoint, shared, Some(&standing)).await {
+                () = due => match Box::pin(self::open(endpoint, shared, Some((&standing, is_told)))).await {
                     Ok(next) => break next,
                     Err(error) => {
                         tracing::warn!(node = %endpoint.node, %error, "cannot renew the session; it goes on as it is");
@@ -302,12 +305,20 @@ fn event_of(node: &NodeName, delta: &v1::InventoryDelta) -> FleetEvent {
     }
 }
 
+/// Whoever answers is the node's agent.
+struct Identified {
+    client: AgentClient,
+    standing: Arc<Standing>,
+    is_told: bool,
+    renew_at: SystemTime,
+}
+
 /// A connection to the node's agent, which has a certificate that is good for a while.
 async fn identified(
     endpoint: &Endpoint,
     shared: &Shared,
-    before: Option<&Arc<Standing>>,
-) -> Result<(AgentClient, Arc<Standing>, SystemTime), SessionError> {
+    before: Option<(&Standing, bool)>,
+) -> Result<Identified, SessionError> {
     let Endpoint { node, address, .. } = endpoint;
     let enrolment = &shared.enrolment;
     let standing = enrolment.standing().borrow().clone().ok_or(SessionError::NoAuthority)?;
@@ -321,28 +332,38 @@ async fn identified(
         }
     };
     // It is told whom to trust as that changes; or in case it was told by an earlier leader, or was not.
-    let is_told = before.map_or(!standing.signer.is_changing(), |before| before.trusted == standing.trusted);
+    let mut is_told = match before {
+        None => !standing.signer.is_changing(),
+        Some((before, was_told)) => was_told && before.trusted == standing.trusted,
+    };
+    let mut is_renewed = true;
     if !is_good || !is_told {
         match enrolment.enrol(&mut connection, endpoint, &standing).await {
-            Ok(()) => connection = tote_rpc::connect(*address, node, &enrolment.identity).await?,
+            Ok(()) => {
+                is_told = true;
+                connection = tote_rpc::connect(*address, node, &enrolment.identity).await?;
+            }
             // What it has is good for a while, and the API server may answer by then.
             Err(error) if connection.peer().is_ok() && !matches!(error, EnrolError::Refused(_)) => {
+                is_renewed = false;
                 tracing::warn!(%node, %address, %error, "the agent's certificate is not renewed yet");
             }
             Err(error) => return Err(error.into()),
         }
     }
-    let renew_at = connection.peer().map_or(now, Peer::renew_at).max(now + RENEWAL_RETRY);
-    Ok((connection.into_client()?, standing, renew_at))
+    let soon = now + RENEWAL_RETRY;
+    let due = connection.peer().ok().filter(|_| is_renewed).map(Peer::renew_at);
+    let renew_at = due.map_or(soon, |due| due.max(soon));
+    Ok(Identified { client: connection.into_client()?, standing, is_told, renew_at })
 }
 
 async fn open(
     endpoint: &Endpoint,
     shared: &Shared,
-    before: Option<&Arc<Standing>>,
+    before: Option<(&Standing, bool)>,
 ) -> Result<Open, SessionError> {
     let Endpoint { node, address, .. } = endpoint;
-    let (mut client, standing, renew_at) = identified(endpoint, shared, before).await?;
+    let Identified { mut client, standing, is_told, renew_at } = identified(endpoint, shared, before).await?;
     let (requests, outgoing) = mpsc::channel(1);
     let hello = v1::Hello { term: Some(shared.term.clone()), node_name: node.to_string() };
     let _ = requests.send(v1::SessionRequest { message: Some(Up::Hello(hello)) }).await;
@@ -370,7 +391,7 @@ async fn open(
         problem: welcome.problem,
         images,
     };
-    Ok(Open { client, incoming, _requests: requests, up, standing, renew_at })
+    Ok(Open { client, incoming, _requests: requests, up, standing, is_told, renew_at })
 }
 
 async fn snapshot(incoming: &mut Streaming<v1::SessionResponse>) -> Result<Vec<Image>, SessionError> {

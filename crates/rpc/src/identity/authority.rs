@@ -7,8 +7,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, PublicKeyData as _, SanType, SerialNumber, SubjectPublicKeyInfo,
 };
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
 use thiserror::Error;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -68,12 +68,12 @@ impl Authority {
     /// Reads one: the first certificate of `certificate`, and its key in PKCS #8.
     pub fn from_pem(certificate: &str, key: &str) -> Result<Self, AuthorityError> {
         let key_pem = key.to_owned();
-        let key = KeyPair::from_pem(key).map_err(|error| {
-            AuthorityError::Malformed(
-                "the key",
-                format!("{error}; it must be a PEM of PKCS #8 (\"PRIVATE KEY\")"),
-            )
-        })?;
+        // Never what a parser says of it: it may quote lines of the key.
+        let unreadable = || {
+            AuthorityError::Malformed("the key", "it must be a PEM of PKCS #8 (\"PRIVATE KEY\")".to_owned())
+        };
+        let key = PrivatePkcs8KeyDer::from_pem_slice(key.as_bytes()).map_err(|_| unreadable())?;
+        let key = KeyPair::try_from(&key).map_err(|_| unreadable())?;
         let malformed = |reason: String| AuthorityError::Malformed("the certificate", reason);
         let der = CertificateDer::from_pem_slice(certificate.as_bytes());
         let certificate = der.map_err(|error| malformed(format!("{error}, where a PEM is due")))?;
@@ -92,6 +92,25 @@ impl Authority {
         let certificate = certificate.into_owned();
         let certificate_pem = super::trust::pem(&certificate);
         Ok(Self { issuer, certificate, certificate_pem, key_pem, not_before, not_after })
+    }
+
+    /// Proves that what it signs verifies: its name may be one that cannot be repeated in what it signs, or it may be
+    /// constrained.
+    pub fn try_out(&self) -> Result<(), AuthorityError> {
+        let (key, born) = (KeyPair::generate()?, self.not_before + BACKDATED);
+        let life = (born, born + Duration::from_secs(3600));
+        let address = Some(IpAddr::from([10, 0, 0, 1]));
+        let role = Role::Node("node".into());
+        let leaf = self.sign_between(&role, address, &key.subject_public_key_info(), life, serial(born))?;
+        let unusable = |reason: String| {
+            let reason = format!(
+                "what it signs does not verify ({reason}): its subject may have two attributes of one kind"
+            );
+            AuthorityError::Malformed("the certificate", reason)
+        };
+        let at = born.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default() + Duration::from_secs(1);
+        super::trust::verify_alone(&self.certificate, &leaf, UnixTime::since_unix_epoch(at))
+            .map_err(|error| unusable(error.to_string()))
     }
 
     /// Its certificate.
@@ -216,6 +235,34 @@ mod tests {
     }
 
     #[test]
+    fn one_whose_name_cannot_be_repeated_is_found_out() {
+        let now = SystemTime::now();
+        Authority::generate(now, HOUR).unwrap().try_out().unwrap();
+        // DC=tote, DC=dev, as directories name their authorities; rcgen keeps one attribute of a kind.
+        let der = |names: &[&str]| {
+            let mut params = CertificateParams::default();
+            params.distinguished_name = DistinguishedName::new();
+            for (at, name) in names.iter().enumerate() {
+                let kind = DnType::CustomDnType(vec![0, 9, 2342, 19_200_300, 100, 1, 25 + at as u64]);
+                params.distinguished_name.push(kind, *name);
+            }
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let key = KeyPair::generate().unwrap();
+            (params.self_signed(&key).unwrap().der().to_vec(), key)
+        };
+        // Two kinds are written, and the second is made the first's: the signature breaks, but an anchor's is not read.
+        let (mut bytes, key) = der(&["tote", "dev"]);
+        let second = [0x9, 0x92, 0x26, 0x89, 0x93, 0xf2, 0x2c, 0x64, 0x1, 26];
+        while let Some(at) = bytes.windows(second.len()).position(|window| window == second) {
+            bytes[at + second.len() - 1] = 25;
+        }
+        let pem = crate::identity::trust::pem(&CertificateDer::from(bytes));
+        let said =
+            Authority::from_pem(&pem, &key.serialize_pem()).unwrap().try_out().unwrap_err().to_string();
+        assert!(said.contains("does not verify"), "{said}");
+    }
+
+    #[test]
     fn is_read_back_and_what_is_wrong_is_named() {
         let now = SystemTime::now();
         let (one, other) = (Authority::generate(now, HOUR).unwrap(), Authority::generate(now, HOUR).unwrap());
@@ -230,5 +277,11 @@ mod tests {
         assert!(said(&leaf, &key.serialize_pem()).contains("may not sign"));
         assert!(said("", one.key_pem()).starts_with("the certificate"));
         assert!(said(one.certificate_pem(), "x").starts_with("the key"));
+        // No line of a key is ever repeated: an empty line in a PEM makes some parsers quote what is before it.
+        let broken = one.key_pem().replace("\n-----END", "\n\n-----END");
+        let line = one.key_pem().lines().nth(1).unwrap();
+        if let Err(error) = Authority::from_pem(one.certificate_pem(), &broken) {
+            assert!(!error.to_string().contains(line), "{error}");
+        }
     }
 }

@@ -50,6 +50,8 @@ pub struct Identity {
     public_key: Vec<u8>,
     shown: RwLock<Arc<CertifiedKey>>,
     trusted: RwLock<Option<Arc<Verifiers>>>,
+    /// Counts the changes of those who are trusted.
+    changes: watch::Sender<u64>,
     certified: watch::Sender<Option<Peer>>,
 }
 
@@ -86,6 +88,7 @@ impl Identity {
             key: signing,
             public_key: key.subject_public_key_info(),
             trusted: RwLock::new(None),
+            changes: watch::Sender::new(0),
             certified: watch::Sender::new(None),
         }))
     }
@@ -104,6 +107,7 @@ impl Identity {
     pub fn trust(&self, authorities: &Authorities) {
         let verifiers = Verifiers::new(authorities, &self.provider).map(Arc::new);
         *self.trusted.write().unwrap_or_else(PoisonError::into_inner) = verifiers;
+        self.changes.send_modify(|changes| *changes += 1);
     }
 
     /// Takes a certificate for its key, if it is for `role` and a trusted authority signed it.
@@ -131,6 +135,21 @@ impl Identity {
         let now = self.time.current_time().ok_or(rustls::Error::FailedToGetCurrentTime)?;
         let unknown = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
         self.verifiers().ok_or(unknown)?.client(certificate, now)
+    }
+
+    /// Waits until nobody who is trusted has signed a certificate any more. That it runs out is another matter.
+    pub(crate) async fn until_distrusted(&self, certificate: &CertificateDer<'_>) {
+        use rustls::CertificateError::{BadSignature, UnknownIssuer};
+        let mut changes = self.changes.subscribe();
+        loop {
+            let verified = self.verify_own(certificate);
+            if matches!(verified, Err(rustls::Error::InvalidCertificate(UnknownIssuer | BadSignature))) {
+                return;
+            }
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
     }
 
     /// Whether `certificate`, which its owner has proved to hold the key of, makes it that node's agent at `address`.

@@ -130,6 +130,17 @@ impl Verifiers {
     }
 }
 
+/// Whether a certificate verifies with this authority alone, as a caller's.
+pub(super) fn verify_alone(
+    authority: &CertificateDer<'static>,
+    certificate: &CertificateDer<'_>,
+    now: UnixTime,
+) -> Result<(), Error> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifiers = Verifiers::new(&Authorities(vec![authority.clone()]), &provider).ok_or_else(nobody)?;
+    verifiers.client(certificate, now)
+}
+
 fn nobody() -> Error {
     Error::InvalidCertificate(CertificateError::UnknownIssuer)
 }

@@ -2,8 +2,10 @@
 //! they are.
 
 mod admission;
+mod plain;
 mod refusal;
 
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,6 +18,8 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use rustls::pki_types::CertificateDer;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -27,6 +31,7 @@ use tonic::{Request, Status};
 use tower::ServiceExt as _;
 
 use self::admission::Admission;
+pub use self::plain::serve_plain;
 pub use self::refusal::Refusal;
 use crate::client::MAX_MESSAGE;
 use crate::identity::{Identity, Peer, Role};
@@ -38,6 +43,9 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The most bytes of a request head (HTTP/1) or of its fields (HTTP/2).
 const HEAD: usize = 16 << 10;
+
+/// How long a peer may leave bytes unacknowledged.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(120);
 
 /// How long open requests are waited for at shutdown, and a controller's when its certificate has run out.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -112,22 +120,9 @@ pub(crate) async fn serve_app(
         stop: stop.clone(),
     };
     let open = TaskTracker::new();
-    loop {
-        let stream = tokio::select! {
-            () = stop.cancelled() => break,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(error) if is_of_one_connection(&error) => continue,
-                Err(error) => {
-                    // Out of descriptors, most likely: others will be closed meanwhile.
-                    tracing::warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
-        };
+    while let Some((stream, from)) = accepted(&listener, &stop).await {
         let begin = |number| open.spawn(welcome(shared.clone(), stream, number)).abort_handle();
-        if shared.admission.enter(begin) {
+        if shared.admission.enter(from, begin) {
             (shared.on_refusal)(Refusal::Crowded);
         }
     }
@@ -165,7 +160,6 @@ fn controller_only(request: Request<()>) -> Result<Request<()>, Status> {
 
 /// Finds out who it is.
 async fn welcome(shared: Shared, stream: TcpStream, number: u64) {
-    let _ = stream.set_nodelay(true);
     let address = stream.peer_addr().map(|address| address.to_string()).unwrap_or_default();
     let handshake = timeout(HANDSHAKE, shared.tls.accept(stream)).await;
     shared.admission.leave(number);
@@ -181,21 +175,23 @@ async fn welcome(shared: Shared, stream: TcpStream, number: u64) {
         Err(late) => return refused(Refusal::Unfinished, &late),
     };
     let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let Some(shown) = shown else { return refused(Refusal::NoCertificate, &"no certificate") };
-    let peer = match Peer::of(shown) {
+    let Some(shown) = shown.cloned().map(CertificateDer::into_owned) else {
+        return refused(Refusal::NoCertificate, &"no certificate");
+    };
+    let peer = match Peer::of(&shown) {
         Ok(peer) => peer,
         Err(error) => return refused(Refusal::BadCertificate, &error),
     };
     let Some(place) = shared.admission.place(&peer.role) else {
         return refused(Refusal::TooMany, &peer.role);
     };
-    converse(&shared, stream, peer).await;
+    converse(&shared, stream, peer, shown).await;
     drop(place);
 }
 
 /// Answers its requests, until its certificate has run out: then it may finish what is under way and has to come again
 /// with a new one. A node's reading is bounded by its grant, a controller's streams end.
-async fn converse(shared: &Shared, stream: TlsStream<TcpStream>, peer: Peer) {
+async fn converse(shared: &Shared, stream: TlsStream<TcpStream>, peer: Peer, shown: CertificateDer<'static>) {
     let (role, expires) = (peer.role.clone(), shared.identity.until(peer.not_after));
     let asked = Notify::new();
     let service = service_fn(|mut request: HttpRequest<Incoming>| {
@@ -231,6 +227,10 @@ async fn converse(shared: &Shared, stream: TlsStream<TcpStream>, peer: Peer) {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
+        () = shared.identity.until_distrusted(&shown) => {
+            connection.as_mut().graceful_shutdown();
+            timeout(DRAIN, connection).await.unwrap_or(Ok(()))
+        }
         () = tokio::time::sleep(expires) => {
             connection.as_mut().graceful_shutdown();
             if role == Role::Controller {
@@ -242,6 +242,26 @@ async fn converse(shared: &Shared, stream: TlsStream<TcpStream>, peer: Peer) {
     };
     if let Err(error) = ended {
         tracing::debug!(%role, %error, "connection ended");
+    }
+}
+
+/// The next connection; nothing once stopped.
+async fn accepted(listener: &TcpListener, stop: &CancellationToken) -> Option<(TcpStream, IpAddr)> {
+    loop {
+        match stop.run_until_cancelled(listener.accept()).await? {
+            Ok((stream, from)) => {
+                let _ = stream.set_nodelay(true);
+                // A peer that lost its power is noticed, and what it was being sent is dropped.
+                let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(UNACKNOWLEDGED));
+                return Some((stream, from.ip()));
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                // Out of descriptors, most likely: others will be closed meanwhile.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
     }
 }
 

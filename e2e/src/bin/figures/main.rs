@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams, PostParams};
@@ -40,15 +40,26 @@ struct Arguments {
     /// How many sessions with idle agents the controller holds for the last figure.
     #[arg(long, default_value_t = 1000)]
     sessions: usize,
-    /// Only the figures that need no cluster.
-    #[arg(long)]
-    no_cluster: bool,
+    /// Only some of the figures; all, unless said.
+    #[arg(long, value_enum)]
+    only: Vec<Part>,
     /// Be so many idle agents.
     #[arg(long, hide = true, requires = "authority")]
     simulate: Option<usize>,
     /// Where their certificate authority is.
     #[arg(long, hide = true)]
     authority: Option<PathBuf>,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Salvages, certificates and memory on a cluster.
+    Cluster,
+    /// One stream of a blob, by TLS and without.
+    Stream,
+    /// Idle sessions.
+    Sessions,
 }
 
 #[tokio::main]
@@ -71,14 +82,20 @@ async fn main() -> Result<()> {
 }
 
 async fn measure(arguments: Arguments) -> Result<()> {
-    if !arguments.no_cluster {
+    let is_wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
+    if is_wanted(Part::Cluster) {
         on_a_cluster(&arguments).await?;
         block_in_place(|| Cluster::down(CLUSTER))?;
     }
-    // On a thread of its own, which it pins.
-    let streaming = std::thread::spawn(stream::tls_against_plain);
-    block_in_place(|| streaming.join()).map_err(|_| anyhow!("measuring a stream panicked"))??;
-    sessions::memory(arguments.sessions).await
+    if is_wanted(Part::Stream) {
+        // On a thread of its own, which it pins.
+        let streaming = std::thread::spawn(stream::tls_against_plain);
+        block_in_place(|| streaming.join()).map_err(|_| anyhow!("measuring a stream panicked"))??;
+    }
+    if is_wanted(Part::Sessions) {
+        sessions::memory(arguments.sessions).await?;
+    }
+    Ok(())
 }
 
 async fn on_a_cluster(arguments: &Arguments) -> Result<()> {
