@@ -5,10 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::time::Instant;
 use tote_rpc::identity::{Authorities, BundleError, Identity, InstallError, Role};
 
 /// How often the mounted bundle is looked at.
 const LOOK: Duration = Duration::from_secs(2);
+
+/// How long what the controller gave is trusted though it is not mounted.
+const ALONE: Duration = Duration::from_secs(300);
 
 /// The longest token taken, in bytes: those of Kubernetes have about 1 KiB.
 const LONGEST_TOKEN: usize = 16 << 10;
@@ -48,6 +52,8 @@ pub enum IdentityError {
 struct Known {
     mounted: Authorities,
     given: Authorities,
+    /// Since when something was given that is not mounted.
+    alone_since: Option<Instant>,
 }
 
 /// The agent's identity and what it comes from.
@@ -57,13 +63,14 @@ pub struct Standing {
     pub identity: Arc<Identity>,
     role: Role,
     mounts: Option<Mounts>,
+    alone: Duration,
     known: Mutex<Known>,
 }
 
 impl Standing {
     /// Of a node's agent. Without mounts the identity is left as it is until it is certified.
     pub fn new(identity: Arc<Identity>, node: &str, mounts: Option<Mounts>) -> Self {
-        Self { identity, role: Role::Node(node.into()), mounts, known: Mutex::default() }
+        Self { identity, role: Role::Node(node.into()), mounts, alone: ALONE, known: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -81,7 +88,24 @@ impl Standing {
                 self.mounted(&text, &mounts.authorities.display().to_string());
                 before = Some(text);
             }
+            self.forget_retired(Instant::now());
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// What the controller gave and is not mounted was retired since, if that stays so; the mounted bundle lags behind
+    /// by up to 90 s.
+    fn forget_retired(&self, now: Instant) {
+        let mut known = self.lock();
+        let Some(kept) = known.given.only_of(&known.mounted) else {
+            known.alone_since = None;
+            return;
+        };
+        let since = *known.alone_since.get_or_insert(now);
+        if now.duration_since(since) >= self.alone {
+            tracing::info!("an authority that is no longer mounted is trusted no longer");
+            *known = Known { given: kept, mounted: known.mounted.clone(), alone_since: None };
+            self.identity.trust(&known.given.clone().and(&known.mounted));
         }
     }
 
@@ -92,9 +116,8 @@ impl Standing {
             Ok(mounted) => {
                 tracing::info!(path, authorities = mounted.certificates().len(), "trusted authorities");
                 let mut known = self.lock();
-                // It is newer than what the controller gave before it, which may have been retired since.
-                *known = Known { mounted, given: Authorities::default() };
-                self.identity.trust(&known.mounted);
+                known.mounted = mounted;
+                self.identity.trust(&known.given.clone().and(&known.mounted));
             }
             // Those that were read before are trusted on.
             Err(error) => tracing::warn!(path, error, "cannot read the authorities to trust"),
@@ -119,7 +142,10 @@ impl Standing {
         let mut known = self.lock();
         self.identity.trust(&given.clone().and(&known.mounted));
         match self.identity.install(certificate.into(), &self.role) {
-            Ok(()) => known.given = given,
+            Ok(()) => {
+                known.given = given;
+                known.alone_since = None;
+            }
             Err(error) => {
                 self.identity.trust(&known.given.clone().and(&known.mounted));
                 return Err(error.into());
@@ -151,13 +177,14 @@ mod tests {
         assert_eq!(standing.token().await.unwrap(), "abc");
     }
 
-    /// The mounted bundle is followed as it changes; what the controller gave before a change counts no more.
+    /// The mounted bundle is followed as it changes; what the controller gave and is not mounted counts for a while.
     #[tokio::test]
     async fn the_mounted_authorities_are_followed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("ca.crt");
         let mounts = Mounts { token: directory.path().join("token"), authorities: path.clone() };
-        let standing = Arc::new(Standing::new(Identity::new().unwrap(), "n", Some(mounts)));
+        let standing = Standing::new(Identity::new().unwrap(), "n", Some(mounts));
+        let standing = Arc::new(Standing { alone: Duration::from_secs(1), ..standing });
         let (one, two) = (Pki::new(), Pki::new());
         let authorities = |pki: &Pki| vec![pki.authority.certificate().to_vec()];
         let sign = |pki: &Pki| {
@@ -170,9 +197,9 @@ mod tests {
         let follower = standing.clone();
         let following = tokio::spawn(async move { follower.follow().await });
         let until = async |what: &str, condition: &dyn Fn() -> bool| {
-            let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+            let deadline = Instant::now() + Duration::from_secs(20);
             while !condition() {
-                assert!(tokio::time::Instant::now() < deadline, "{what}");
+                assert!(Instant::now() < deadline, "{what}");
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };

@@ -26,6 +26,9 @@ use crate::stage::{Alone, SOON, Scenario};
 const IDLE: usize = 10_000;
 const CHUNK: usize = 100;
 
+/// The same, to the port for health and metrics.
+const IDLE_PLAIN: usize = 5_000;
+
 /// Connections that say a byte a second.
 const DRIBBLING: usize = 200;
 
@@ -35,7 +38,7 @@ const AGAIN: usize = 10;
 const EACH: Duration = Duration::from_millis(20);
 
 /// Files that this process may have open meanwhile.
-const FILES: u64 = 16_384;
+const FILES: u64 = 18_000;
 
 /// What the agent's memory may grow by.
 const GROWTH: u64 = 32 << 20;
@@ -54,12 +57,20 @@ async fn slow_and_many(play: Play) -> Result<()> {
     let peak = AtomicU64::new(before);
     let (told, mut opened) = watch::channel(0);
     let address = agent.address;
-    let crowd = attacker.inside(move || crowd(address, told));
+    let (crowd, plain) = (attacker.inside(move || crowd(address, IDLE, told)), agent.health());
+    let (told_plain, mut opened_plain) = watch::channel(0);
+    let crowd_plain = attacker.inside(move || self::crowd(plain, IDLE_PLAIN, told_plain));
     let meanwhile = async {
         let all =
             timeout(2 * SOON, opened.wait_for(|count| *count >= IDLE)).await.is_ok_and(|all| all.is_ok());
         ensure!(all, "within {:?} only {} of {IDLE} connections stand", 2 * SOON, *opened.borrow());
-        println!("{IDLE} connections have been opened");
+        let all = timeout(2 * SOON, opened_plain.wait_for(|count| *count >= IDLE_PLAIN)).await;
+        ensure!(
+            all.is_ok_and(|all| all.is_ok()),
+            "the plain port takes no {IDLE_PLAIN} connections within {:?}",
+            2 * SOON
+        );
+        println!("{IDLE} connections have been opened, and {IDLE_PLAIN} to the plain port");
         normal.runs().await.context("during the storm")?;
         // Of those that were opened all but the last few must have given way by now.
         attacker.refused(&agent, ("crowded", 1), "a storm that goes on", std::future::ready(Ok(()))).await
@@ -68,6 +79,7 @@ async fn slow_and_many(play: Play) -> Result<()> {
     let crowded = agent.metric(&client, name).await?;
     let outcome: Result<()> = tokio::select! {
         ended = crowd => ended.context("the storm broke off"),
+        ended = crowd_plain => ended.context("the storm on the plain port broke off"),
         gone = watch_memory(pid, &peak) => gone.with_context(|| format!("{agent} was process {pid}")),
         outcome = meanwhile => outcome,
     };
@@ -106,13 +118,13 @@ async fn process(play: &Play, agent: &Agent) -> Result<u32> {
 }
 
 /// Goes on for good; tells how many of the idle ones have been opened.
-async fn crowd(address: SocketAddr, told: watch::Sender<usize>) -> Result<()> {
+async fn crowd(address: SocketAddr, count: usize, told: watch::Sender<usize>) -> Result<()> {
     let mut dribbling = JoinSet::new();
     for _ in 0..DRIBBLING {
         dribbling.spawn(dribble(address));
     }
-    let mut held = VecDeque::with_capacity(IDLE + CHUNK);
-    while held.len() < IDLE {
+    let mut held = VecDeque::with_capacity(count + CHUNK);
+    while held.len() < count {
         let number = held.len();
         let opened = try_join_all((0..CHUNK).map(|_| open(address))).await;
         held.extend(opened.with_context(|| format!("opening connections from number {number} on"))?);

@@ -57,7 +57,8 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("restarts_heal", "n2", "n3", restarts_heal),
     ];
     let own = own.into_iter().map(|one| one.alone(Alone::Operator)).collect();
-    [attacks::all(), reader::all(), rogue::all(), crowd::all(), own].into_iter().flatten().collect()
+    let beside = vec![Scenario::new("certificates_renewed", "n1", "n2", renewed)];
+    [attacks::all(), reader::all(), rogue::all(), crowd::all(), own, beside].into_iter().flatten().collect()
 }
 
 /// Waits until no authority is about to follow another.
@@ -195,6 +196,37 @@ async fn rotate(play: &Play, attacker: &Attacker<'_>, (beside, pinned): (&Tenant
     Ok(())
 }
 
+/// Certificates last two minutes here: for three of those halves that they are renewed at, every agent always has one that
+/// is good for a while, and a session.
+async fn renewed(play: Play) -> Result<()> {
+    let (client, agents) = (play.tenant.client(), agents(&play).await?);
+    let (given, ends) = ("tote_agent_certificates_total", "tote_agent_certificate_expiry_timestamp_seconds");
+    let mut before = Vec::new();
+    for agent in &agents {
+        before.push(agent.metric(&client, given).await?);
+    }
+    let look = || async {
+        let connected = of_leader(&client, "tote_agents_connected").await?;
+        ensure!(connected == agents.len() as u64, "{connected} sessions stand");
+        let mut renewals = Vec::new();
+        for (agent, before) in agents.iter().zip(&before) {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+            let left = agent.metric(&client, ends).await?.saturating_sub(now);
+            ensure!(left >= 25, "the certificate of {agent} is good for {left} s");
+            renewals.push(agent.metric(&client, given).await?.saturating_sub(*before));
+        }
+        Ok(renewals.iter().all(|renewals| *renewals >= 3).then_some(()))
+    };
+    let deadline = Instant::now() + Duration::from_secs(270);
+    loop {
+        if look().await?.is_some() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "not every agent's certificate was renewed three times in 270 s");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
 /// Somebody's own authority is followed; what it was before is put back at the end, but for the authority itself, which
 /// the controller keeps.
 async fn of_ones_own(play: Play) -> Result<()> {
@@ -247,7 +279,23 @@ async fn follow_own(
     println!("staged at {from}, promoted at {to}");
     ensure!(to.duration_since(from) >= PUBLISHED.try_into()?, "it was trusted for {}, not 120 s", to - from);
     all_issued_by(play, attacker, promoted.signer()?, RENEWED).await?;
+    given_is_gone(play).await?;
     normal.works().await
+}
+
+/// The Secret that is followed is deleted: said, and nothing stops, for longer than certificates last.
+async fn given_is_gone(play: &Play) -> Result<()> {
+    let secrets: Api<Secret> = objects(&play.tenant.client());
+    let given = secrets.get(OWN).await?;
+    secrets.delete(OWN, &DeleteParams::default()).await?;
+    let until = Instant::now() + Duration::from_secs(150);
+    while Instant::now() < until {
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        all_connected(play).await.context("while the Secret that is followed is gone")?;
+    }
+    let metadata = ObjectMeta { name: Some(OWN.to_owned()), ..ObjectMeta::default() };
+    secrets.create(&kube::api::PostParams::default(), &Secret { metadata, ..given }).await?;
+    Ok(())
 }
 
 /// An error unless the `ConfigMap` has what is kept, and nothing else.

@@ -3,24 +3,26 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use axum::Router;
 use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{DeleteParams, PostParams};
-use kube::{Api, Client, ResourceExt as _};
+use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config, ResourceExt as _};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
+use tote_e2e::cluster::Cluster;
 use tote_e2e::operator;
 use tote_rpc::Refusal;
 use tote_rpc::identity::Identity;
 use tote_rpc::v1::{self, agent_server};
 
 use crate::attacker::{Attacker, NOBODY, Normal};
-use crate::known::{all_connected, objects, of_leader};
+use crate::known::{Agent, all_connected, objects, of_leader};
 use crate::play::Play;
 use crate::stage::{Alone, SOON, Scenario};
 
@@ -115,8 +117,24 @@ struct Case {
     results: &'static [&'static str],
 }
 
+/// An agent's token is good for nothing but to tell the controller who it is.
+async fn no_rights(client: &Client, cluster: &Cluster, agent: &Agent) -> Result<()> {
+    let token =
+        token(client, (operator::NAMESPACE, AGENTS), (&agent.pod, &agent.uid), Some(AUDIENCE)).await?;
+    let options = KubeConfigOptions::default();
+    let server = Config::from_custom_kubeconfig(Kubeconfig::read_from(cluster.kubeconfig())?, &options);
+    let mut config = server.await?;
+    config.auth_info = AuthInfo { token: Some(token.into()), ..AuthInfo::default() };
+    let pods: Api<Pod> = objects(&Client::try_from(config)?);
+    match pods.list(&ListParams::default()).await {
+        Err(kube::Error::Api(status)) if status.code == 401 => Ok(()),
+        other => bail!("the API server answers an agent's token with {other:?}, not 401"),
+    }
+}
+
 async fn stolen_token(play: Play) -> Result<()> {
     let attacker = Attacker::enter(&play, "n2").await?;
+    no_rights(&play.tenant.client(), play.cluster(), attacker.agent("n1")?).await?;
     let normal = Normal::prepare(&play, "tiny").await?;
     let client = play.tenant.client();
     let identity = Identity::new()?;

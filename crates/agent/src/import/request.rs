@@ -16,7 +16,7 @@ pub struct TransferId(String);
 /// An agent that is to give blobs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
-    /// Its node, for people.
+    /// Its node: what its certificate must say.
     pub node: String,
     /// Where its distribution API listens.
     pub address: SocketAddr,

@@ -14,7 +14,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, SigningKey};
 use rustls::time_provider::{DefaultTimeProvider, TimeProvider};
-use rustls::{ClientConfig, ServerConfig, SignatureScheme};
+use rustls::{CipherSuite, ClientConfig, ServerConfig, SignatureScheme};
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -73,7 +73,10 @@ impl Identity {
     }
 
     pub(crate) fn with_key(key: &KeyPair, time: Arc<dyn TimeProvider>) -> Result<Arc<Self>, AuthorityError> {
-        let provider = Arc::new(ring::default_provider());
+        let mut provider = ring::default_provider();
+        // AES-128 first: as good for this, and a quarter faster than AES-256, which comes first otherwise.
+        provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+        let provider = Arc::new(provider);
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, "tote, not certified yet");

@@ -77,6 +77,12 @@ impl Authorities {
         self.0.iter().map(pem).collect()
     }
 
+    /// Those that are among `others` too; nothing if all are.
+    pub fn only_of(&self, others: &Self) -> Option<Self> {
+        let kept: Vec<_> = self.0.iter().filter(|one| others.0.contains(one)).cloned().collect();
+        (kept.len() < self.0.len()).then_some(Self(kept))
+    }
+
     /// Those of both, each once; of too many, those of `self` first.
     #[must_use]
     pub fn and(mut self, other: &Self) -> Self {

@@ -28,9 +28,9 @@ const PAIRS: usize = 7;
 
 const READER: &str = "reader";
 
-/// Prints the bytes a second of both, and their ratio. Returns it.
+/// Prints the bytes a second of both, and their ratio.
 pub fn tls_against_plain() -> Result<()> {
-    println!("\none stream of a blob from an agent, both ends on one core (containerd on another)");
+    println!("\none stream of a blob from an agent, both ends on one core");
     let daemon = Daemon::start(Options::new(Containerd::V2))?;
     let layout = Layout::temporary()?;
     let image = preset("random-500", &layout, "stream")?;
