@@ -5,6 +5,7 @@
 
 mod faults;
 mod node;
+mod tree;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
