@@ -91,28 +91,40 @@ async fn a_source_that_does_not_let_it_read_is_left_out() {
     assert!(heard(&target).is_empty(), "nothing is begun that cannot be");
 }
 
-/// A transfer that takes long, from an agent that is started again meanwhile.
-#[tokio::test]
-async fn grants_are_given_again_in_time_and_to_an_agent_that_was_started_again() {
-    let target = Played { hang: true, ..Played::new("target") };
-    let (one, two) = (Played::new("one"), Played::new("two"));
-    let (mut bench, addresses) = three(&target, &one, &two).await;
+/// Follows a transfer that does not end, with grants of such a life.
+fn follow_on(bench: &Bench, request: v1::ImportRequest, life: Duration) -> tokio::task::JoinHandle<()> {
     let agents = bench.agents.clone();
-    let life = Duration::from_millis(1500);
-    let request = request(&addresses);
-    let following = tokio::spawn(async move {
+    tokio::spawn(async move {
         let (events, _heard) = mpsc::channel(64);
         let grants = Grants::new(agents.clone(), &request, "target", life);
         transfer::follow(agents.client("target"), request, grants, "uid".into(), 3, events).await;
-    });
+    })
+}
+
+#[tokio::test]
+async fn grants_are_given_again_before_they_run_out() {
+    let target = Played { hang: true, ..Played::new("target") };
+    let (one, two) = (Played::new("one"), Played::new("two"));
+    let (bench, addresses) = three(&target, &one, &two).await;
+    let following = follow_on(&bench, request(&addresses), Duration::from_millis(1500));
     let grants = |played: &Played| heard(played).iter().filter(|heard| heard.starts_with("grant")).count();
     let again = async {
-        while grants(&one) < 3 {
+        while grants(&one) < 3 || grants(&two) < 3 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(DEADLINE, again).await.expect("it is given again before it runs out");
+    timeout(DEADLINE, again).await.expect("each is given again");
+    following.abort();
+}
 
+#[tokio::test]
+async fn an_agent_that_was_started_again_is_told_at_once() {
+    let target = Played { hang: true, ..Played::new("target") };
+    let (one, two) = (Played::new("one"), Played::new("two"));
+    let (mut bench, addresses) = three(&target, &one, &two).await;
+    // None of them runs out here.
+    let following = follow_on(&bench, request(&addresses), 100 * DEADLINE);
+    until_heard(&two, "grant t-1 to target").await;
     two.stop.cancel();
     while !matches!(bench.next().await, FleetEvent::Down { .. }) {}
     let restarted = Played::new("two");
