@@ -184,6 +184,7 @@ fn a_bad_value_is_refused_by_name() {
         ("log.format=xml", "format"),
         ("tls.certificateLifetime=ever", "certificateLifetime"),
         ("tls.enabled=false", "enabled"),
+        ("tls.certManager.issuerRef.kind=ClusterIssuer", "issuerRef"),
     ] {
         let error = template(&[value]).unwrap_err();
         assert!(error.contains(field) && error.contains("schema"), "{value}: {error}");
