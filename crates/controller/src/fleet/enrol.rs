@@ -17,8 +17,7 @@ use tonic::Status;
 use tote_rpc::identity::{AuthorityError, Identity, Role};
 use tote_rpc::{Connection, v1};
 
-use super::inventory::NodeName;
-use super::session::Endpoint;
+use super::agents::Endpoint;
 use crate::ca::Standing;
 use crate::http::Health;
 
@@ -285,14 +284,6 @@ impl Enrolment {
 async fn answered<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, EnrolError> {
     let late = |_| EnrolError::Unknown(format!("the API server did not answer within {CALL:?}"));
     timeout(CALL, call).await.map_err(late)?.map_err(|error| EnrolError::Unknown(error.to_string()))
-}
-
-/// Spreads what all sessions do at once over some time, each at a moment of its own.
-pub(super) fn spread(node: &NodeName, over: Duration) -> Duration {
-    let hash = node.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    over * u32::try_from(hash % 1000).unwrap_or_default() / 1000
 }
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ use tokio::time::timeout;
 use tonic::{Code, Status};
 use tote_rpc::v1;
 
+use super::agents::Agents;
 use super::inventory::NodeName;
-use super::session::Agents;
 
 /// How long an agent may take to answer.
 const CALL: Duration = Duration::from_secs(5);

@@ -3,12 +3,11 @@
 //! Must not know pods or jobs.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -21,7 +20,8 @@ use tote_rpc::v1;
 use tote_rpc::v1::session_request::Message as Up;
 use tote_rpc::v1::session_response::Message;
 
-use super::enrol::{EnrolError, Enrolment, spread};
+use super::agents::{Agents, Endpoint};
+use super::enrol::{EnrolError, Enrolment};
 use super::inventory::{Image, NodeName};
 use crate::backoff::Backoff;
 use crate::ca::Standing;
@@ -36,26 +36,6 @@ const RENEWAL_RETRY: Duration = Duration::from_secs(15);
 
 /// The most images taken from one node.
 const MAX_IMAGES: usize = 20_000;
-
-/// An agent as the `EndpointSlice`s of its Service give it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoint {
-    /// The node it runs on.
-    pub node: NodeName,
-    /// Where it listens.
-    pub address: SocketAddr,
-    /// Whether it says that it is ready.
-    pub ready: bool,
-    /// UID of the pod that listens there, if the endpoint names one.
-    pub pod_uid: Option<String>,
-}
-
-impl Endpoint {
-    /// Whether it is the same agent, ready or not.
-    fn is_same_agent(&self, other: &Self) -> bool {
-        (self.address, &self.pod_uid) == (other.address, &other.pod_uid)
-    }
-}
 
 /// What the sessions tell.
 #[derive(Debug)]
@@ -89,45 +69,6 @@ pub enum FleetEvent {
         /// The node.
         node: NodeName,
     },
-}
-
-/// Clients of the agents with a session.
-#[derive(Clone, Default)]
-pub struct Agents(Arc<Known>);
-
-#[derive(Default)]
-struct Known {
-    clients: Mutex<HashMap<NodeName, (u64, AgentClient)>>,
-    /// Changes whenever a session begins or ends; the number of the last one begun.
-    sessions: watch::Sender<u64>,
-}
-
-impl Agents {
-    /// The client of a node's agent, if it has a session.
-    pub fn client(&self, node: &str) -> Option<AgentClient> {
-        self.session(node).map(|(_, client)| client)
-    }
-
-    /// The same, with the number of the session.
-    pub fn session(&self, node: &str) -> Option<(u64, AgentClient)> {
-        self.0.clients.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned()
-    }
-
-    /// Tells when sessions begin and end.
-    pub fn changes(&self) -> watch::Receiver<u64> {
-        self.0.sessions.subscribe()
-    }
-
-    fn set(&self, node: &NodeName, client: Option<AgentClient>) {
-        self.0.sessions.send_modify(|number| {
-            *number += 1;
-            let mut clients = self.0.clients.lock().unwrap_or_else(PoisonError::into_inner);
-            match client {
-                Some(client) => clients.insert(node.clone(), (*number, client)),
-                None => clients.remove(node),
-            };
-        });
-    }
 }
 
 /// Keeps a session with every endpoint.
@@ -408,4 +349,12 @@ async fn snapshot(incoming: &mut Streaming<v1::SessionResponse>) -> Result<Vec<I
         }
     }
     Err(SessionError::Ended)
+}
+
+/// Spreads what all sessions do at once over some time, each at a moment of its own.
+fn spread(node: &NodeName, over: Duration) -> Duration {
+    let hash = node.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    over * u32::try_from(hash % 1000).unwrap_or_default() / 1000
 }
