@@ -32,6 +32,18 @@ pub fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().expect("gzip in memory")
 }
 
+/// Bytes that gzip cannot make fewer.
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[0]
+    };
+    std::iter::repeat_with(&mut next).take(length).collect()
+}
+
 /// All blobs of an image.
 #[derive(Clone, Debug)]
 pub struct Blobs {

@@ -97,3 +97,22 @@ async fn metrics(State(health): State<Arc<Health>>) -> Response {
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_hinders_is_said_and_no_more_of_it_than_anybody_may_know() {
+        let health = Health::default();
+        assert!(health.problem().is_some_and(|problem| problem.contains("leader")));
+        health.set_leading(true);
+        assert!(health.problem().is_some_and(|problem| problem.contains("lists")));
+        health.set_synced();
+        assert_eq!(health.problem(), None);
+        health.set_authority(Some("Secret my-ca: tls.key: what it holds".to_owned()));
+        assert_eq!(health.problem().as_deref(), Some("certificate authority: Secret my-ca"));
+        health.set_authority(None);
+        assert_eq!(health.problem(), None);
+    }
+}

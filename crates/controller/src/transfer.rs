@@ -63,8 +63,10 @@ where
     let mut incoming = match timeout(CALL, client.import(request)).await {
         Ok(Ok(response)) => response.into_inner(),
         Ok(Err(status)) => {
-            tell(refused(&status)).await;
-            return false;
+            let event = refused(&status);
+            let ended = matches!(event, TransferEvent::Failed { .. });
+            tell(event).await;
+            return ended;
         }
         Err(_) => {
             tell(TransferEvent::Lost { message: format!("no answer within {CALL:?}") }).await;

@@ -9,19 +9,10 @@ use tower::ServiceExt;
 use super::*;
 use crate::containerd::Fake;
 use crate::import::TransferId;
-use crate::testing::{Blobs, tar};
+use crate::testing::{Blobs, noise, tar};
 
-/// More than the pieces that wait for a reader.
-fn noise() -> Vec<u8> {
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[0]
-    };
-    std::iter::repeat_with(&mut next).take(200_000).collect()
-}
+/// Bytes of a layer: more than the pieces that wait for a reader.
+const LAYER: usize = 200_000;
 
 struct Registry {
     router: Router,
@@ -37,7 +28,7 @@ impl Registry {
 
     fn with_stall(stall: Duration) -> Self {
         let fake = Fake::default();
-        let image = Blobs::image(&[tar(&[("a", &noise())])]).indexed();
+        let image = Blobs::image(&[tar(&[("a", &noise(LAYER))])]).indexed();
         image.pull_into(&fake, "registry.test/a/b:1");
         let metrics = Arc::<Metrics>::default();
         let served = Served { stall, ..Served::new(Arc::new(fake), metrics.clone()) };

@@ -12,24 +12,12 @@ use std::time::Duration;
 
 use tote_agent::containerd::{Containerd as _, FAKE_SNAPSHOTTER, Fake};
 use tote_agent::import::Failure;
-use tote_agent::testing::{Blobs, tar};
+use tote_agent::testing::{Blobs, noise, tar};
 use tote_rpc::v1::Cause;
 
 use peers::{Peer, agent, import, request};
 
 const NAME: &str = "registry.test/team/app:1";
-
-/// Bytes that gzip cannot make fewer.
-fn noise(length: usize) -> Vec<u8> {
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[0]
-    };
-    std::iter::repeat_with(&mut next).take(length).collect()
-}
 
 /// One whose first layer is written in several pieces.
 fn large_image() -> Blobs {

@@ -91,6 +91,21 @@ async fn a_source_that_does_not_let_it_read_is_left_out() {
     assert!(heard(&target).is_empty(), "nothing is begun that cannot be");
 }
 
+/// A transfer that the target will not begin, whatever comes, has ended; one that it cannot begin now has not.
+#[tokio::test]
+async fn what_is_refused_for_good_is_taken_back() {
+    for (code, told) in [
+        (Code::InvalidArgument, &["grant t-1 to target", "revoke t-1"][..]),
+        (Code::Unavailable, &["grant t-1 to target"]),
+    ] {
+        let target = Played { import: Err(code), ..Played::new("target") };
+        let (one, two) = (Played::new("one"), Played::new("two"));
+        let (bench, addresses) = three(&target, &one, &two).await;
+        follow(&bench, request(&addresses), DEADLINE).await;
+        assert_eq!(heard(&one), told, "{code:?}");
+    }
+}
+
 /// Follows a transfer that does not end, with grants of such a life.
 fn follow_on(bench: &Bench, request: v1::ImportRequest, life: Duration) -> tokio::task::JoinHandle<()> {
     let agents = bench.agents.clone();

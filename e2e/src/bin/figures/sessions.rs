@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tote_controller::ca::{Ca, Standing};
 use tote_controller::fleet::{Agents, Endpoint, Enrolment, Fleet, FleetEvent};
+use tote_e2e::host;
 use tote_rpc::identity::{Authority, Identity, Role};
 use tote_rpc::v1::{self, agent_server::Agent, session_response::Message};
 
@@ -65,6 +66,7 @@ pub async fn memory(count: usize) -> Result<()> {
     let (events, mut told) = mpsc::channel(4096);
     let stop = CancellationToken::new();
     let mut fleet = Fleet::new(term, Agents::default(), events, Arc::new(enrolment), stop.clone());
+    let resident = || host::resident(std::process::id()).map(|bytes| bytes >> 10);
     let (before, begin) = (resident()?, Instant::now());
     fleet.set_endpoints(endpoints).await;
     let mut up = 0;
@@ -84,13 +86,6 @@ pub async fn memory(count: usize) -> Result<()> {
     stop.cancel();
     agents.kill().await?;
     Ok(())
-}
-
-/// `VmRSS` of this process, in KiB.
-fn resident() -> Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches("kB").trim().parse()?)
 }
 
 /// An agent that says who it is and what it has, and then nothing.
