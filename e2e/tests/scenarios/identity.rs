@@ -26,7 +26,7 @@ use crate::known::{
 };
 use crate::play::Play;
 use crate::stage::{Alone, SOON, Scenario, VALUES};
-use crate::{attacks, crowd, reader, rogue};
+use crate::{attacks, crowd, reader, renewal, rogue};
 
 /// Annotations of the Secret.
 const STAGED_AT: &str = "tote.dev/ca-staged-at";
@@ -57,8 +57,10 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("restarts_heal", "n2", "n3", restarts_heal),
     ];
     let own = own.into_iter().map(|one| one.alone(Alone::Operator)).collect();
-    let beside = vec![Scenario::new("certificates_renewed", "n1", "n2", renewed)];
-    [attacks::all(), reader::all(), rogue::all(), crowd::all(), own, beside].into_iter().flatten().collect()
+    [attacks::all(), reader::all(), rogue::all(), crowd::all(), own, renewal::all()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// Waits until no authority is about to follow another.
@@ -194,37 +196,6 @@ async fn rotate(play: &Play, attacker: &Attacker<'_>, (beside, pinned): (&Tenant
     let after = of_leader(&client, changes).await?;
     ensure!(after == before + 1, "the leader counts {} promotions, not 1", after.saturating_sub(before));
     Ok(())
-}
-
-/// Certificates last two minutes here: for three of those halves that they are renewed at, every agent always has one that
-/// is good for a while, and a session.
-async fn renewed(play: Play) -> Result<()> {
-    let (client, agents) = (play.tenant.client(), agents(&play).await?);
-    let (given, ends) = ("tote_agent_certificates_total", "tote_agent_certificate_expiry_timestamp_seconds");
-    let mut before = Vec::new();
-    for agent in &agents {
-        before.push(agent.metric(&client, given).await?);
-    }
-    let look = || async {
-        let connected = of_leader(&client, "tote_agents_connected").await?;
-        ensure!(connected == agents.len() as u64, "{connected} sessions stand");
-        let mut renewals = Vec::new();
-        for (agent, before) in agents.iter().zip(&before) {
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
-            let left = agent.metric(&client, ends).await?.saturating_sub(now);
-            ensure!(left >= 25, "the certificate of {agent} is good for {left} s");
-            renewals.push(agent.metric(&client, given).await?.saturating_sub(*before));
-        }
-        Ok(renewals.iter().all(|renewals| *renewals >= 3).then_some(()))
-    };
-    let deadline = Instant::now() + Duration::from_secs(270);
-    loop {
-        if look().await?.is_some() {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "not every agent's certificate was renewed three times in 270 s");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
 }
 
 /// Somebody's own authority is followed; what it was before is put back at the end, but for the authority itself, which

@@ -15,6 +15,7 @@ mod outage;
 mod play;
 mod policy;
 mod reader;
+mod renewal;
 mod rogue;
 mod shapes;
 mod stage;
