@@ -10,6 +10,7 @@ pub mod identity;
 pub mod import;
 pub mod inventory;
 pub mod metrics;
+pub mod remove;
 pub mod serve;
 pub mod service;
 #[cfg(feature = "testing")]

@@ -170,6 +170,10 @@ impl v1::agent_server::Agent for NoAgent {
     async fn revoke(&self, _: tonic::Request<v1::RevokeRequest>) -> Answer<v1::RevokeResponse> {
         nothing()
     }
+
+    async fn remove(&self, _: tonic::Request<v1::RemoveRequest>) -> Answer<v1::RemoveResponse> {
+        nothing()
+    }
 }
 
 /// PEM texts.

@@ -158,6 +158,7 @@ pub async fn every_call(
     let certify = v1::CertifyRequest { term: term.clone(), ..v1::CertifyRequest::default() };
     let cancel = v1::CancelRequest { term: term.clone(), transfer_id: transfer_id.clone() };
     let revoke = v1::RevokeRequest { term: term.clone(), transfer_id };
+    let remove = v1::RemoveRequest { term: term.clone(), digest: grant.digest.clone() };
     let answers = [
         ("Session", to.session(stream::iter([hello])).await.map(drop)),
         ("Import", to.import(import).await.map(drop)),
@@ -166,6 +167,7 @@ pub async fn every_call(
         ("Certify", to.certify(certify).await.map(drop)),
         ("Grant", to.grant(grant).await.map(drop)),
         ("Revoke", to.revoke(revoke).await.map(drop)),
+        ("Remove", to.remove(remove).await.map(drop)),
     ];
     ensure!(answers.len() == calls(), "there are {} calls, these are tried: {answers:?}", calls());
     for (call, answer) in answers {

@@ -105,6 +105,10 @@ impl agent_server::Agent for Rogue {
     async fn revoke(&self, _: Request<v1::RevokeRequest>) -> Result<Response<v1::RevokeResponse>, Status> {
         self.never("Revoke")
     }
+
+    async fn remove(&self, _: Request<v1::RemoveRequest>) -> Result<Response<v1::RemoveResponse>, Status> {
+        self.never("Remove")
+    }
 }
 
 /// One way to be taken for an agent.

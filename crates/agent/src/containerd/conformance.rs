@@ -281,8 +281,16 @@ async fn images(containerd: &dyn Containerd, snapshotter: &str) {
     }
     let moved = ImageRecord { target: other.target.clone(), ..record };
     containerd.retarget_image(&moved).await.expect("moved");
-    assert_eq!(containerd.image(name).await.expect("get"), Some(moved));
+    assert_eq!(containerd.image(name).await.expect("get"), Some(moved.clone()));
     containerd.delete_lease(&held.id).await.expect("deleted");
     assert_eq!(containerd.blob(&image.target.digest).await.expect("info"), None, "nothing names it");
     assert!(containerd.blob(&other.target.digest).await.expect("info").is_some());
+    containerd.delete_image(&moved).await.expect("removed");
+    assert_eq!(containerd.image(name).await.expect("get"), None);
+    containerd.delete_image(&moved).await.expect("one that is gone is no error");
+    let deadline = tokio::time::Instant::now() + WAIT;
+    while containerd.image_status(name).await.expect("status").is_some() {
+        assert!(tokio::time::Instant::now() < deadline, "CRI sees that the record is gone");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }

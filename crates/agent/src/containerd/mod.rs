@@ -217,6 +217,10 @@ pub trait Containerd: Send + Sync + 'static {
     /// Gives the record of a name another target.
     async fn retarget_image(&self, image: &ImageRecord) -> Result<(), Error>;
 
+    /// Removes a record, if it has this target. No error if it is not there; containerd before 2.0 does not look at the
+    /// target. What nothing else names is collected some time later.
+    async fn delete_image(&self, image: &ImageRecord) -> Result<(), Error>;
+
     /// Whether a committed snapshot of this chain ID stands.
     async fn has_snapshot(&self, snapshotter: &str, chain: &Digest) -> Result<bool, Error>;
 

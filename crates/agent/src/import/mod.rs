@@ -24,6 +24,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tote_image::Digest;
 
 use crate::containerd;
 
@@ -104,6 +105,16 @@ impl Imports {
     /// The node's containerd.
     pub fn containerd(&self) -> &dyn containerd::Containerd {
         self.context.containerd.as_ref()
+    }
+
+    /// The same, to be kept.
+    pub fn shared_containerd(&self) -> Arc<dyn containerd::Containerd> {
+        self.context.containerd.clone()
+    }
+
+    /// Whether a transfer that has not ended brings this image.
+    pub fn is_moving(&self, digest: &Digest) -> bool {
+        self.lock().values().any(|transfer| !transfer.has_ended() && transfer.wanted().digest == *digest)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TransferId, Arc<Transfer>>> {

@@ -23,6 +23,7 @@ use crate::identity::{IdentityError, Standing};
 use crate::import::{AttachError, Attached, ImportRequest, Imports, RequestError, TransferId};
 use crate::inventory::Inventory;
 use crate::metrics::Metrics;
+use crate::remove::{RemoveError, remove};
 use crate::serve::{GrantError, Grants, blobs_below};
 
 /// The least time between two progress events.
@@ -110,6 +111,15 @@ impl From<GrantError> for Status {
             GrantError::Full => Self::resource_exhausted(error.to_string()),
             GrantError::TooLarge(_) => Self::invalid_argument(error.to_string()),
             GrantError::Containerd(_) => Self::unavailable(error.to_string()),
+        }
+    }
+}
+
+impl From<RemoveError> for Status {
+    fn from(error: RemoveError) -> Self {
+        match error {
+            RemoveError::Complete(_) | RemoveError::Moving(_) => Self::failed_precondition(error.to_string()),
+            RemoveError::Containerd(_) => Self::unavailable(error.to_string()),
         }
     }
 }
@@ -237,6 +247,18 @@ impl agent_server::Agent for Service {
         self.leads(request.term.as_ref())?;
         let found = self.grants.revoke(&TransferId::parse(&request.transfer_id)?, Instant::now());
         Ok(Response::new(v1::RevokeResponse { found }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<v1::RemoveRequest>,
+    ) -> Result<Response<v1::RemoveResponse>, Status> {
+        let request = request.into_inner();
+        self.leads(request.term.as_ref())?;
+        let digest = request.digest.parse();
+        let digest = digest.map_err(|error| wrong("digest", &request.digest, &error))?;
+        let names = remove(&self.imports, &digest).await?;
+        Ok(Response::new(v1::RemoveResponse { names }))
     }
 }
 

@@ -175,6 +175,14 @@ impl Agent for Played {
         self.heard(format!("revoke {}", request.into_inner().transfer_id));
         Ok(Response::new(v1::RevokeResponse { found: true }))
     }
+
+    async fn remove(
+        &self,
+        request: Request<v1::RemoveRequest>,
+    ) -> Result<Response<v1::RemoveResponse>, Status> {
+        self.heard(format!("remove {}", request.into_inner().digest));
+        Ok(Response::new(v1::RemoveResponse { names: vec!["r.test/x:1".to_owned()] }))
+    }
 }
 
 /// Serves an agent that has its certificate until the token is cancelled; on `address`, or anywhere.

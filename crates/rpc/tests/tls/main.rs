@@ -78,6 +78,7 @@ async fn the_control_plane_is_the_controllers_alone() {
             4 => to.certify(v1::CertifyRequest::default()).await.map(drop),
             5 => to.grant(v1::GrantRequest::default()).await.map(drop),
             6 => to.revoke(v1::RevokeRequest::default()).await.map(drop),
+            7 => to.remove(v1::RemoveRequest::default()).await.map(drop),
             _ => {
                 assert_eq!(rpc, rpcs, "every call that there is");
                 break;

@@ -88,6 +88,10 @@ impl Agent for Played {
     async fn revoke(&self, _: Request<v1::RevokeRequest>) -> Result<Answer<v1::RevokeResponse>, Status> {
         Ok(Answer::new(v1::RevokeResponse::default()))
     }
+
+    async fn remove(&self, _: Request<v1::RemoveRequest>) -> Result<Answer<v1::RemoveResponse>, Status> {
+        Ok(Answer::new(v1::RemoveResponse::default()))
+    }
 }
 
 /// What serves, and what it was told.

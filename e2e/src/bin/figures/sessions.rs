@@ -140,6 +140,10 @@ impl Agent for Idle {
     async fn revoke(&self, _: Request<v1::RevokeRequest>) -> Answer<v1::RevokeResponse> {
         never()
     }
+
+    async fn remove(&self, _: Request<v1::RemoveRequest>) -> Answer<v1::RemoveResponse> {
+        never()
+    }
 }
 
 /// The other process: so many agents, each with a certificate and a listener of its own. Prints where they are; ends

@@ -242,6 +242,15 @@ impl Containerd for Client {
         unary(self.images_client().update(request)).await.map(drop)
     }
 
+    async fn delete_image(&self, image: &ImageRecord) -> Result<(), Error> {
+        let target = Some(descriptor(&image.target));
+        let request = request(api::DeleteImageRequest { name: image.name.clone(), sync: false, target });
+        match unary(self.images_client().delete(request)).await {
+            Ok(()) | Err(Error::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     async fn has_snapshot(&self, snapshotter: &str, chain: &Digest) -> Result<bool, Error> {
         unpack::is_committed(self, snapshotter, chain).await
     }

@@ -306,6 +306,15 @@ impl Containerd for Fake {
         Ok(())
     }
 
+    async fn delete_image(&self, image: &ImageRecord) -> Result<(), Error> {
+        let mut store = self.call()?;
+        if store.images.get(&image.name).is_some_and(|target| target.digest == image.target.digest) {
+            store.images.remove(&image.name);
+            let _ = self.changes.send(Change::Images);
+        }
+        Ok(())
+    }
+
     async fn has_snapshot(&self, snapshotter: &str, chain: &Digest) -> Result<bool, Error> {
         Ok(self.call()?.snapshots.contains_key(&(snapshotter.to_owned(), chain.to_string())))
     }
