@@ -24,12 +24,14 @@ fn template(values: &[&str]) -> Result<String, String> {
 }
 
 /// Every value of values.yaml, set to something else, and what it must change in the output.
-const EVERY_VALUE: [(&str, &[&str]); 26] = [
+const EVERY_VALUE: &[(&str, &[&str])] = &[
     ("image.repository=registry.corp:5000/ops/tote", &["\"registry.corp:5000/ops/tote:0.1.0\""]),
     ("image.tag=0.9.9", &["\"localhost/tote:0.9.9\""]),
     ("image.pullPolicy=Never", &["imagePullPolicy: Never"]),
     ("imagePullSecrets[0].name=corp", &["imagePullSecrets:\n        - name: corp"]),
     ("config.enabled=false", &["--enabled=false"]),
+    ("config.images.allowed[0]=r.corp/*", &["\"--allow-image=r.corp/*\""]),
+    ("config.images.denied[0]=*/secret", &["\"--deny-image=*/secret\""]),
     ("config.metricsAddr=127.0.0.1:9999", &["--metrics-addr=127.0.0.1:9999", "containerPort: 9999"]),
     ("log.level=debug", &["value: \"debug\""]),
     ("log.format=json", &["--log-format=json"]),
@@ -72,10 +74,13 @@ fn helm_finds_no_fault_with_it() {
 fn every_value_does_something() {
     let default = template(&[]).unwrap();
     for (value, expected) in EVERY_VALUE {
-        let output = template(&[value]).unwrap();
-        for text in expected {
+        let output = template(&[*value]).unwrap();
+        for text in *expected {
             assert!(output.contains(text), "{value} puts no {text:?} into\n{output}");
-            assert!(value == "agent.enabled=true" || !default.contains(text), "{text:?} is there by default");
+            assert!(
+                *value == "agent.enabled=true" || !default.contains(text),
+                "{text:?} is there by default"
+            );
         }
     }
     let all: Vec<&str> = EVERY_VALUE.iter().map(|(value, _)| *value).collect();

@@ -15,6 +15,7 @@ use tote_controller::ca::Names;
 use tote_controller::decide::Policy;
 use tote_controller::http::{self, Health};
 use tote_controller::leader::Leader;
+use tote_controller::patterns::{Images, Pattern};
 use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
 use tote_rpc::identity::Identity;
@@ -36,6 +37,13 @@ struct Flags {
     /// The kill switch: false, and nothing is made, moved or woken.
     #[arg(long, default_value_t = true, action = ArgAction::Set)]
     enabled: bool,
+    /// A repository whose images may be salvaged, with its registry, as registry.example.com/team/*. May be repeated; without
+    /// it, all.
+    #[arg(long = "allow-image", value_name = "PATTERN")]
+    allowed_images: Vec<Pattern>,
+    /// A repository whose images are never salvaged. May be repeated.
+    #[arg(long = "deny-image", value_name = "PATTERN")]
+    denied_images: Vec<Pattern>,
     /// Transfers of the whole fleet at once.
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     max_concurrent_salvages: usize,
@@ -167,6 +175,7 @@ async fn run(flags: Flags) -> Result<(), String> {
     let settings = Settings {
         policy: Policy {
             enabled: flags.enabled,
+            images: Images { allowed: flags.allowed_images, denied: flags.denied_images },
             limits: Limits { fleet: flags.max_concurrent_salvages, target: PER_TARGET, source: PER_SOURCE },
         },
         namespace: flags.pod_namespace.clone(),

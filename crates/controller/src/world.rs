@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use tote_image::Reference;
+use tote_image::{Digest, Reference};
 
 use crate::detect::Consent;
 use crate::fleet::{FleetEvent, Inventory, NodeName};
+use crate::patterns::Images;
 use crate::salvage::{Source, after};
 
 /// For how many seconds an agent is waited for before the fleet is judged without it.
@@ -18,6 +19,8 @@ const SETTLE_SECONDS: i64 = 10;
 pub struct World {
     /// The kill switch: false, and nothing moves.
     pub enabled: bool,
+    /// Which images may be salvaged.
+    pub images: Images,
     /// What each namespace says.
     pub namespaces: HashMap<Arc<str>, Consent>,
     /// UID by name.
@@ -37,8 +40,13 @@ pub struct World {
 
 impl World {
     /// An empty world.
-    pub fn new(enabled: bool) -> Self {
-        Self { enabled, ..Self::default() }
+    pub fn new(enabled: bool, images: Images) -> Self {
+        Self { enabled, images, ..Self::default() }
+    }
+
+    /// Why the operator's patterns do not let an image be salvaged; `None` if they do.
+    pub fn pattern_refusal(&self, reference: &Reference, digest: &Digest) -> Option<String> {
+        self.images.refusal(reference, self.fleet.names_of(digest).into_iter())
     }
 
     /// What a namespace says; one that is not known is gone.
@@ -136,7 +144,7 @@ mod tests {
     #[test]
     fn is_settled_when_every_agent_answers_or_was_waited_for() {
         let start = Timestamp::UNIX_EPOCH;
-        let mut world = World::new(true);
+        let mut world = World::new(true, Images::default());
         assert!(world.unsettled_until(start).is_some(), "the agents are not known yet");
         world.apply_fleet(FleetEvent::Expected(["a".into(), "b".into()].into()), start);
         assert_eq!(world.unsettled_until(start), Some(after(start, 10)));

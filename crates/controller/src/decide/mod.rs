@@ -26,6 +26,7 @@ pub use book::version;
 pub use event::{CreateAnswer, Event, Kind, TransferEvent};
 
 use crate::detect::WaitingPod;
+use crate::patterns::Images;
 use crate::salvage::{Job, Limits};
 use crate::world::World;
 use ask::Asked;
@@ -33,10 +34,12 @@ use book::Book;
 use entry::PodEntry;
 
 /// What the operator's flags set.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Policy {
     /// The kill switch: false, and nothing is created, moved or woken.
     pub enabled: bool,
+    /// Which images may be salvaged.
+    pub images: Images,
     /// Bounds of what runs at once.
     pub limits: Limits,
 }
@@ -69,8 +72,8 @@ impl State {
     /// Nothing known yet.
     pub fn new(policy: Policy) -> Self {
         Self {
+            world: World::new(policy.enabled, policy.images.clone()),
             policy,
-            world: World::new(policy.enabled),
             pods: BTreeMap::new(),
             jobs: BTreeMap::new(),
             by_image: HashMap::new(),

@@ -85,6 +85,11 @@ impl State {
         }
         match resolve(reference, None, &node, None, &self.world.fleet) {
             Resolution::Found { digest, sources, on_target } => {
+                if let Some(why) = self.world.pattern_refusal(reference, &digest) {
+                    let why = format!("{image} is not salvaged: {why}");
+                    entry.not_actionable(wait, "ImageDenied", &why, &mut self.actions);
+                    return;
+                }
                 self.want(entry, wait, reference, &digest, &sources, on_target, now, again);
             }
             Resolution::Missing(missing) => self.cannot(entry, wait, reference, &missing, now, again),

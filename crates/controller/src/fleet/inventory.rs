@@ -255,6 +255,13 @@ impl Inventory {
         image.map(|image| records(image).cloned().collect()).unwrap_or_default()
     }
 
+    /// Names of the records, other than config IDs, under which any node has `digest`: as target, or below it.
+    pub fn names_of(&self, digest: &Digest) -> BTreeSet<&str> {
+        let holders = self.by_digest.get(digest).into_iter().flatten();
+        let images = holders.filter_map(|(node, target)| self.nodes.get(node)?.images.get(target));
+        images.flat_map(|image| records(image)).map(AsRef::as_ref).collect()
+    }
+
     /// The target of the record `name` on a node, if the image behind it is complete for that node.
     pub fn present(&self, node_name: &str, name: &str) -> Option<&Digest> {
         let node = self.nodes.get(node_name)?;

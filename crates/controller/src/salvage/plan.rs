@@ -234,6 +234,10 @@ fn look(
     let only = job.spec.source_node_name.as_deref();
     match resolve(&wanted.reference, pin.as_ref(), &job.spec.node_name, only, &world.fleet) {
         Resolution::Found { digest, sources, on_target } => {
+            if let Some(refusal) = world.pattern_refusal(&wanted.reference, &digest) {
+                let message = format!("{} may not be salvaged: {refusal}", job.spec.image);
+                return Err(Step::Wait { reason: "ImageDenied", message, cancel: true });
+            }
             let sources = if on_target {
                 Vec::new()
             } else {

@@ -40,7 +40,12 @@ fn image(n: u8, names: &[&str], complete: bool) -> Image {
 impl Bench {
     /// Nodes `a`, `b`, `c` with agents and nothing on them; namespace `shop` opted in.
     fn new() -> Self {
-        let mut bench = Self::cold(true);
+        Self::under(|_| {})
+    }
+
+    /// The same under another policy.
+    fn under(edit: impl Fn(&mut Policy)) -> Self {
+        let mut bench = Self::with_policy(edit);
         for kind in Kind::ALL {
             let seen = match kind {
                 Kind::Namespaces => ["shop", "work", "kube-system"].map(Arc::from).into(),
@@ -58,8 +63,14 @@ impl Bench {
     }
 
     fn cold(enabled: bool) -> Self {
+        Self::with_policy(|policy| policy.enabled = enabled)
+    }
+
+    fn with_policy(edit: impl Fn(&mut Policy)) -> Self {
         let limits = Limits { fleet: 2, target: 2, source: 2 };
-        let state = State::new(Policy { enabled, limits });
+        let mut policy = Policy { enabled: true, images: Images::default(), limits };
+        edit(&mut policy);
+        let state = State::new(policy);
         let mut bench = Self { state, now: "2026-01-01T00:00:00Z".parse().unwrap(), jobs: 0, version: 0 };
         for (name, says) in
             [("shop", Consent::Given), ("work", Consent::NotGiven), ("kube-system", Consent::Denied)]

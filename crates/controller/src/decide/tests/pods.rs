@@ -332,3 +332,20 @@ fn an_image_that_is_removed_right_after_its_import_is_brought_again() {
     assert_eq!(woken(&actions).len(), 0, "it is gone");
     assert_eq!(created(&bench.pass(60)).len(), 1);
 }
+
+#[test]
+fn what_the_patterns_refuse_is_not_moved_and_says_so() {
+    let mut bench = Bench::under(|policy| policy.images.denied = vec!["*/secret".parse().unwrap()]);
+    bench.up("a", vec![image(1, &["r.test/secret:1"], true), image(2, &["r.test/open:1"], true)]);
+    bench.waits("p", "b", "r.test/secret:1");
+    bench.waits("other-name", "b", &format!("r.test/open@{}", digest(1)));
+    bench.waits("open", "b", "r.test/open:1");
+    let uid = bench.job("by-hand", json!({"image": "r.test/secret:1", "nodeName": "b"}), false);
+    let actions = bench.decide();
+    assert_eq!(created(&actions).len(), 1, "only the one that is allowed");
+    let notes = told(&actions, names::event::IMAGE_NOT_ACTIONABLE);
+    assert_eq!(notes.len(), 2, "{notes:?}");
+    assert!(notes.iter().all(|note| note.contains("denied by pattern */secret")), "{notes:?}");
+    assert_eq!(bench.reason(&uid), (Phase::Pending, "ImageDenied".into()));
+    assert_eq!(imports(&actions).len(), 1);
+}
