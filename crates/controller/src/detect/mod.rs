@@ -2,6 +2,8 @@
 //!
 //! Must not know the fleet: whether anybody holds the image is `resolve`'s question.
 
+pub mod class;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
