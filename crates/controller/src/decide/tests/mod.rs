@@ -33,6 +33,7 @@ fn image(n: u8, names: &[&str], complete: bool) -> Image {
             digest: digest(n + 100),
             platform: Platform::new("linux", "amd64", ""),
             complete,
+            created: 0,
         }],
     }
 }
@@ -59,7 +60,7 @@ impl Bench {
 
     fn cold(enabled: bool) -> Self {
         let limits = Limits { fleet: 2, target: 2, source: 2 };
-        let state = State::new(Policy { enabled, limits });
+        let state = State::new(Policy { enabled, limits, tags: TagPolicy::Refuse });
         let mut bench = Self { state, now: "2026-01-01T00:00:00Z".parse().unwrap(), jobs: 0, version: 0 };
         for (name, says) in
             [("shop", Consent::Given), ("work", Consent::NotGiven), ("kube-system", Consent::Denied)]
@@ -104,13 +105,17 @@ impl Bench {
             reference: image.parse().map_err(|error: tote_image::ReferenceError| error.to_string()),
             policy_always: false,
             reason: "ErrImagePull".into(),
+            message: "".into(),
+            last_pull_error: None,
         };
         let mut waiting = WaitingPod {
             namespace: namespace.into(),
             name: pod.into(),
             uid: format!("uid-{pod}").into(),
             node: node.into(),
-            opted_in: true,
+            says: Some(true),
+            controller: None,
+            pull_secrets: vec![],
             imported_at: None,
             waits: vec![wait],
         };
