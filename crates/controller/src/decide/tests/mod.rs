@@ -2,6 +2,7 @@
 
 mod jobs;
 mod known;
+mod owners;
 mod pods;
 
 use serde_json::json;
