@@ -10,7 +10,7 @@ use futures::{StreamExt, TryStreamExt};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tote_image::{Descriptor, Digest, Document, MAX_DOCUMENT_BYTES, Manifest, Platform, diff_ids};
+use tote_image::{Descriptor, Digest, Document, MAX_DOCUMENT_BYTES, Manifest, Platform, created, diff_ids};
 use tote_rpc::v1;
 
 use crate::containerd::{Containerd, Error, ImageRecord};
@@ -46,7 +46,7 @@ pub fn difference(old: &Inventory, new: &Inventory) -> v1::InventoryDelta {
 #[derive(Clone, Debug)]
 enum Known {
     Document(Arc<Document>),
-    Config(Platform),
+    Config(Platform, i64),
     Neither,
 }
 
@@ -120,14 +120,13 @@ impl Scanner {
         manifest: &Manifest,
         sizes: &HashMap<Digest, u64>,
     ) -> Result<v1::Manifest, Error> {
-        let platform = match named {
-            Some(platform) => Some(platform),
-            None => match self.read(&manifest.config.digest, sizes).await? {
-                Some(Known::Config(platform)) => Some(platform),
-                _ => None,
-            },
+        let (own, created) = match self.read(&manifest.config.digest, sizes).await? {
+            Some(Known::Config(platform, created)) => (Some(platform), created),
+            _ => (None, 0),
         };
-        Ok(summary(digest, platform.as_ref(), manifest, sizes))
+        let mut summary = summary(digest, named.or(own).as_ref(), manifest, sizes);
+        summary.created = created;
+        Ok(summary)
     }
 
     async fn document(
@@ -174,7 +173,7 @@ fn recognize(digest: &Digest, bytes: &[u8]) -> Known {
     if let Ok(document) = Document::parse(bytes) {
         return Known::Document(Arc::new(document));
     }
-    diff_ids(bytes).map_or(Known::Neither, |(platform, _)| Known::Config(platform))
+    diff_ids(bytes).map_or(Known::Neither, |(platform, _)| Known::Config(platform, created(bytes)))
 }
 
 fn summary(
@@ -191,6 +190,7 @@ fn summary(
         config_digest: manifest.config.digest.to_string(),
         size: i64::try_from(own.saturating_add(manifest.content_size())).unwrap_or(i64::MAX),
         complete: here(&manifest.config) && manifest.layers.iter().all(here),
+        created: 0,
     }
 }
 

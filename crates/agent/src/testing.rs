@@ -80,7 +80,7 @@ impl Blobs {
         let layers: Vec<Descriptor> = tars.iter().map(|tar| put(LAYER, gzip(tar))).collect();
         let ids: Vec<&str> = diff_ids.iter().map(Digest::as_str).collect();
         let config = json!({
-            "architecture": "amd64", "os": "linux", "config": {},
+            "architecture": "amd64", "os": "linux", "config": {}, "created": "2026-01-01T00:00:00Z",
             "rootfs": {"type": "layers", "diff_ids": ids},
         });
         let config = put(CONFIG, config.to_string().into_bytes());

@@ -16,6 +16,7 @@ use tote_controller::decide::Policy;
 use tote_controller::http::{self, Health};
 use tote_controller::leader::Leader;
 use tote_controller::patterns::{Images, Pattern};
+use tote_controller::resolve::TagPolicy;
 use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
 use tote_rpc::identity::Identity;
@@ -47,6 +48,10 @@ struct Flags {
     /// Transfers of the whole fleet at once.
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     max_concurrent_salvages: usize,
+    /// What to do about a tag that means different images on different nodes: refuse it, or take the image that was made
+    /// last.
+    #[arg(long, value_enum, default_value = "refuse")]
+    tag_policy: Tags,
     /// Name of the agents' headless Service, in this pod's namespace.
     #[arg(long, default_value = "tote-agent")]
     agent_service: String,
@@ -84,6 +89,21 @@ struct Flags {
     /// How log lines read. What is logged is set by the environment variable `RUST_LOG`.
     #[arg(long, value_enum, default_value = "json")]
     log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Tags {
+    Refuse,
+    Newest,
+}
+
+impl From<Tags> for TagPolicy {
+    fn from(tags: Tags) -> Self {
+        match tags {
+            Tags::Refuse => Self::Refuse,
+            Tags::Newest => Self::Newest,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -177,6 +197,7 @@ async fn run(flags: Flags) -> Result<(), String> {
             enabled: flags.enabled,
             images: Images { allowed: flags.allowed_images, denied: flags.denied_images },
             limits: Limits { fleet: flags.max_concurrent_salvages, target: PER_TARGET, source: PER_SOURCE },
+            tags: flags.tag_policy.into(),
         },
         namespace: flags.pod_namespace.clone(),
         me: flags.pod_name.clone(),

@@ -16,6 +16,7 @@ use crate::decide::{Event, Policy, State};
 use crate::fleet::{Agents, Enrolment, Fleet, FleetEvent};
 use crate::http::Health;
 use crate::leader::Term;
+use crate::owners::OwnerKind;
 use crate::perform::Performer;
 use crate::watch;
 
@@ -83,6 +84,9 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     watches.spawn(watch::namespaces(client.clone(), events.clone()));
     watches.spawn(watch::nodes(client.clone(), events.clone()));
     watches.spawn(watch::jobs(client.clone(), events.clone()));
+    for kind in OwnerKind::ALL {
+        watches.spawn(watch::owners(client.clone(), kind, events.clone()));
+    }
     let agents_of = (settings.namespace.clone(), settings.agent_service.clone());
     let agents_client = client.clone();
     watches.spawn(async move {

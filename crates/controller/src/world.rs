@@ -8,13 +8,16 @@ use tote_image::{Digest, Reference};
 
 use crate::detect::Consent;
 use crate::fleet::{FleetEvent, Inventory, NodeName};
+use crate::owners::Owners;
 use crate::patterns::Images;
+use crate::resolve::TagPolicy;
+use crate::running::Running;
 use crate::salvage::{Source, after};
 
 /// For how many seconds an agent is waited for before the fleet is judged without it.
 const SETTLE_SECONDS: i64 = 10;
 
-/// Namespaces, nodes, and what the nodes hold.
+/// Namespaces, nodes, what the nodes hold, and what is known of pods beside those that wait.
 #[derive(Debug, Default)]
 pub struct World {
     /// The kill switch: false, and nothing moves.
@@ -27,6 +30,12 @@ pub struct World {
     pub nodes: HashMap<NodeName, Arc<str>>,
     /// What the nodes hold.
     pub fleet: Inventory,
+    /// What to do about a tag of several meanings.
+    pub tags: TagPolicy,
+    /// What controls pods.
+    pub owners: Owners,
+    /// What runs.
+    pub running: Running,
     /// When it was first asked.
     asked: Option<Timestamp>,
     /// Since when the set of agents is known.
@@ -40,8 +49,8 @@ pub struct World {
 
 impl World {
     /// An empty world.
-    pub fn new(enabled: bool, images: Images) -> Self {
-        Self { enabled, images, ..Self::default() }
+    pub fn new(enabled: bool, images: Images, tags: TagPolicy) -> Self {
+        Self { enabled, images, tags, ..Self::default() }
     }
 
     /// Why the operator's patterns do not let an image be salvaged; `None` if they do.
@@ -144,7 +153,7 @@ mod tests {
     #[test]
     fn is_settled_when_every_agent_answers_or_was_waited_for() {
         let start = Timestamp::UNIX_EPOCH;
-        let mut world = World::new(true, Images::default());
+        let mut world = World::new(true, Images::default(), TagPolicy::Refuse);
         assert!(world.unsettled_until(start).is_some(), "the agents are not known yet");
         world.apply_fleet(FleetEvent::Expected(["a".into(), "b".into()].into()), start);
         assert_eq!(world.unsettled_until(start), Some(after(start, 10)));

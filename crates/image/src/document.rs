@@ -229,6 +229,14 @@ pub fn diff_ids(config: &[u8]) -> Result<(Platform, Vec<Digest>), DocumentError>
     Ok((platform, ids))
 }
 
+/// When the config says that the image was made, in seconds since 1970; 0 if it does not say, or says a time before:
+/// builds that are to be the same every time write that.
+pub fn created(config: &[u8]) -> i64 {
+    let config: Result<spec::ImageConfiguration, _> = serde_json::from_slice(config);
+    let created = config.ok().and_then(|config| config.created().as_ref()?.parse::<jiff::Timestamp>().ok());
+    created.map_or(0, |at| at.as_second().max(0))
+}
+
 /// The chain IDs of some diff IDs, lowest layer first (OCI image specification, "Layer ChainID"): the first is
 /// the diff ID itself, each further one the sha256 of the one below, a space, and the diff ID.
 pub fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
@@ -274,6 +282,23 @@ mod tests {
             entry(2, "linux", "amd64"),
             entry(3, "unknown", "unknown")
         )
+    }
+
+    #[test]
+    fn knows_when_an_image_was_made_if_it_says_so() {
+        let of = |created: &str| {
+            let text = format!(
+                r#"{{{created}"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":[]}}}}"#
+            );
+            assert!(diff_ids(text.as_bytes()).is_ok());
+            super::created(text.as_bytes())
+        };
+        assert_eq!(of(r#""created":"2026-01-01T01:00:00.5+01:00","#), 1_767_225_600);
+        for unknown in ["", r#""created":"1970-01-01T00:00:00Z","#, r#""created":"0001-01-01T00:00:00Z","#] {
+            assert_eq!(of(unknown), 0, "{unknown}");
+        }
+        assert_eq!(of(r#""created":"yesterday","#), 0);
+        assert_eq!(super::created(b"{}"), 0);
     }
 
     #[test]

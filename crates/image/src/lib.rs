@@ -11,7 +11,7 @@ mod reference;
 pub use digest::{Digest, DigestError, Verifier};
 pub use document::{
     Descriptor, Document, DocumentError, Index, IndexEntry, MAX_CHILDREN, MAX_DOCUMENT_BYTES, Manifest,
-    chain_ids, diff_ids,
+    chain_ids, created, diff_ids,
 };
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};

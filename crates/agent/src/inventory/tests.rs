@@ -24,6 +24,7 @@ async fn tells_what_is_complete() {
     assert_eq!(manifest.platform.as_ref().unwrap().architecture, "amd64");
     assert_eq!(manifest.config_digest, image.config.digest.as_str());
     assert!(manifest.complete);
+    assert_eq!(manifest.created, 1_767_225_600, "by the config, also below an index that names the platform");
     let index = image.target.size;
     assert_eq!(u64::try_from(manifest.size).unwrap(), image.size() - index);
     for absent in [&image.layers[1], &image.config] {

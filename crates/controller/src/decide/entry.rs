@@ -23,7 +23,7 @@ pub(super) struct Wake {
 /// A pod that waits, and what was done about it.
 pub(super) struct PodEntry {
     pub(super) pod: WaitingPod,
-    told: HashSet<(String, &'static str)>,
+    told: HashSet<(String, Arc<str>, &'static str)>,
     pub(super) counted: HashSet<Arc<str>>,
     pub(super) wakes: HashMap<Arc<str>, Wake>,
     /// Spreads what is done for many pods.
@@ -48,7 +48,7 @@ impl PodEntry {
         }
     }
 
-    /// An event about a container, once for each cause.
+    /// An event about a container, once for each image and cause.
     pub(super) fn tell(
         &mut self,
         wait: &Wait,
@@ -57,7 +57,7 @@ impl PodEntry {
         cause: &'static str,
         note: &str,
     ) -> Option<Action> {
-        self.told.insert((wait.field_path.clone(), cause)).then(|| Action::Tell {
+        self.told.insert((wait.field_path.clone(), wait.image.clone(), cause)).then(|| Action::Tell {
             about: self.about(&wait.field_path),
             warning,
             reason: reason.to_owned(),

@@ -7,6 +7,8 @@ use tote_api::SalvageJob;
 
 use crate::detect::{Consent, WaitingPod};
 use crate::fleet::{FleetEvent, NodeName};
+use crate::owners::{Owner, OwnerKind};
+use crate::running::Runs;
 use crate::salvage::Progress;
 
 /// What is watched.
@@ -17,11 +19,21 @@ pub enum Kind {
     Namespaces,
     Nodes,
     Jobs,
+    Owners(OwnerKind),
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Pods, Self::Namespaces, Self::Nodes, Self::Jobs];
+    pub const ALL: [Self; 11] = {
+        let mut all = [Self::Pods; 11];
+        (all[1], all[2], all[3]) = (Self::Namespaces, Self::Nodes, Self::Jobs);
+        let mut n = 0;
+        while n < OwnerKind::ALL.len() {
+            all[4 + n] = Self::Owners(OwnerKind::ALL[n]);
+            n += 1;
+        }
+        all
+    };
 }
 
 /// Something that happened.
@@ -33,6 +45,20 @@ pub enum Event {
         uid: Arc<str>,
         /// What it waits for.
         waiting: Option<WaitingPod>,
+    },
+    /// A pod was seen, or is gone: what it runs.
+    Runs {
+        /// Its UID.
+        uid: Arc<str>,
+        /// What; `None` for nothing.
+        runs: Option<Box<Runs>>,
+    },
+    /// An object that may control pods was seen, or is gone.
+    Owner {
+        /// Its UID.
+        uid: Arc<str>,
+        /// What it is; `None` if it is gone.
+        owner: Option<Owner>,
     },
     /// A namespace was seen, or is gone.
     Namespace {
@@ -57,8 +83,10 @@ pub enum Event {
         /// Its UID.
         uid: Arc<str>,
     },
-    /// A watch has told all there is: UIDs of pods and jobs, names of namespaces and nodes.
+    /// A watch has told all there is: UIDs of pods, jobs and owners, names of namespaces and nodes.
     Listed(Kind, HashSet<Arc<str>>),
+    /// A watch cannot tell all there is, and is to be done without for now.
+    Unlisted(Kind),
     /// A session tells something.
     Fleet(FleetEvent),
     /// A transfer tells something.

@@ -182,8 +182,8 @@ impl State {
                 job.run = Run::Idle;
                 status::enter(job, Phase::Pending, reason, &message, now);
             }
-            Step::Ready { digest, sources } => {
-                job.status.digest = Some(digest.to_string());
+            Step::Ready { digest, why, sources } => {
+                status::resolved(job, &digest, why, now);
                 return Some(Demand {
                     origin: uid.clone(),
                     digest,

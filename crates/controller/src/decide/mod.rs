@@ -27,6 +27,8 @@ pub use event::{CreateAnswer, Event, Kind, TransferEvent};
 
 use crate::detect::WaitingPod;
 use crate::patterns::Images;
+use crate::resolve::TagPolicy;
+use crate::running::Runs;
 use crate::salvage::{Job, Limits};
 use crate::world::World;
 use ask::Asked;
@@ -42,6 +44,8 @@ pub struct Policy {
     pub images: Images,
     /// Bounds of what runs at once.
     pub limits: Limits,
+    /// What to do about a tag of several meanings.
+    pub tags: TagPolicy,
 }
 
 /// All that is known.
@@ -72,7 +76,7 @@ impl State {
     /// Nothing known yet.
     pub fn new(policy: Policy) -> Self {
         Self {
-            world: World::new(policy.enabled, policy.images.clone()),
+            world: World::new(policy.enabled, policy.images.clone(), policy.tags),
             policy,
             pods: BTreeMap::new(),
             jobs: BTreeMap::new(),
@@ -108,6 +112,8 @@ impl State {
     pub fn apply(&mut self, event: Event, now: Timestamp) -> bool {
         match event {
             Event::Pod { uid, waiting } => return self.apply_pod(uid, waiting),
+            Event::Runs { uid, runs } => return self.apply_runs(&uid, runs.map(|runs| *runs)),
+            Event::Owner { uid, owner } => return self.world.owners.set(&uid, owner),
             Event::Namespace { name, consent: Some(consent) } => {
                 return self.world.namespaces.insert(name, consent) != Some(consent);
             }
@@ -126,6 +132,7 @@ impl State {
             Event::JobAnswered(job) => return self.apply_job(*job, false, now),
             Event::JobGone { uid } => self.job_gone(&uid),
             Event::Listed(kind, seen) => self.listed(kind, &seen),
+            Event::Unlisted(kind) => return self.synced.insert(kind),
             Event::Fleet(event) => self.world.apply_fleet(event, now),
             Event::Transfer { uid, stream, event } => self.apply_transfer(&uid, stream, event, now),
             Event::Created { base, answer } => self.apply_created(base, answer, now),
@@ -147,11 +154,19 @@ impl State {
         Decision { actions: std::mem::take(&mut self.actions), again }
     }
 
+    /// What runs matters to pods of its namespace that wait.
+    fn apply_runs(&mut self, uid: &Arc<str>, runs: Option<Runs>) -> bool {
+        let namespace = runs.as_ref().map(|runs| runs.namespace.clone());
+        let matters = namespace.is_some_and(|name| self.pods.values().any(|e| e.pod.namespace == name));
+        self.world.running.set(uid, runs) && matters
+    }
+
     fn apply_pod(&mut self, uid: Arc<str>, waiting: Option<WaitingPod>) -> bool {
-        let Some(pod) = waiting else { return self.pods.remove(&uid).is_some() };
+        let Some(mut pod) = waiting else { return self.pods.remove(&uid).is_some() };
         let Some(entry) = self.pods.get_mut(&uid) else {
             return self.pods.insert(uid, PodEntry::new(pod)).is_none();
         };
+        pod.waits.iter_mut().for_each(|wait| wait.remember(&entry.pod));
         let before = std::mem::replace(&mut entry.pod, pod);
         if before == entry.pod {
             return false;
@@ -168,7 +183,11 @@ impl State {
     fn listed(&mut self, kind: Kind, seen: &HashSet<Arc<str>>) {
         self.synced.insert(kind);
         match kind {
-            Kind::Pods => self.pods.retain(|uid, _| seen.contains(uid)),
+            Kind::Pods => {
+                self.pods.retain(|uid, _| seen.contains(uid));
+                self.world.running.retain(seen);
+            }
+            Kind::Owners(kind) => self.world.owners.retain(kind, seen),
             Kind::Namespaces => self.world.namespaces.retain(|name, _| seen.contains(name)),
             Kind::Nodes => {
                 self.world.nodes.retain(|name, _| seen.contains(name));

@@ -7,9 +7,10 @@ use tote_image::{Digest, Reference};
 
 use super::entry::PodEntry;
 use super::{Action, Count, State, sooner};
-use crate::detect::{Consent, Wait};
+use crate::detect::{Consent, Wait, WaitingPod};
 use crate::fleet::NodeName;
-use crate::resolve::{Missing, Resolution, resolve};
+use crate::resolve::{Missing, Question, Resolution, Why};
+use crate::running::Meant;
 use crate::salvage::{Job, Run, after, status};
 use crate::text;
 
@@ -23,13 +24,19 @@ impl State {
         }
         let mut pods = std::mem::take(&mut self.pods);
         for entry in pods.values_mut() {
-            if entry.pod.opted_in && self.world.consent(&entry.pod.namespace) == Consent::Given {
+            if self.is_opted_in(&entry.pod) {
                 for wait in entry.pod.waits.clone() {
                     self.decide_wait(entry, &wait, now, again);
                 }
             }
         }
         self.pods = pods;
+    }
+
+    /// Whether the namespace, and the pod or the nearest of its controllers that says anything, want it.
+    fn is_opted_in(&self, pod: &WaitingPod) -> bool {
+        self.world.owners.opted_in(pod.says, pod.controller.as_deref())
+            && self.world.consent(&pod.namespace) == Consent::Given
     }
 
     fn decide_wait(
@@ -83,17 +90,27 @@ impl State {
             sooner(again, at);
             return;
         }
-        match resolve(reference, None, &node, None, &self.world.fleet) {
-            Resolution::Found { digest, sources, on_target } => {
-                if let Some(why) = self.world.pattern_refusal(reference, &digest) {
-                    let why = format!("{image} is not salvaged: {why}");
-                    entry.not_actionable(wait, "ImageDenied", &why, &mut self.actions);
+        let workload = self.meant(&entry.pod, reference);
+        let question = Question { reference, pin: None, target: &node, source: None, workload: &workload };
+        match question.resolve(&self.world.fleet, self.policy.tags) {
+            Resolution::Found { digest, why, sources, on_target } => {
+                if let Some(denied) = self.world.pattern_refusal(reference, &digest) {
+                    let note = format!("{image} is not salvaged: {denied}");
+                    entry.not_actionable(wait, "ImageDenied", &note, &mut self.actions);
                     return;
                 }
-                self.want(entry, wait, reference, &digest, &sources, on_target, now, again);
+                self.want(entry, wait, (reference, &digest, why), &sources, on_target, now, again);
             }
             Resolution::Missing(missing) => self.cannot(entry, wait, reference, &missing, now, again),
         }
+    }
+
+    /// What the other pods of a pod's workload run under a name.
+    fn meant(&self, pod: &WaitingPod, reference: &Reference) -> Meant {
+        let (world, name) = (&self.world, reference.to_string());
+        pod.controller.as_ref().map_or_else(Meant::new, |controller| {
+            world.running.of_workload(&world.owners, &pod.namespace, controller, &name)
+        })
     }
 
     /// Jobs of any namespace for an image on a node.
@@ -142,8 +159,7 @@ impl State {
         &mut self,
         entry: &mut PodEntry,
         wait: &Wait,
-        reference: &Reference,
-        digest: &Digest,
+        (reference, digest, why): (&Reference, &Digest, Why),
         sources: &[NodeName],
         on_target: bool,
         now: Timestamp,
@@ -162,10 +178,11 @@ impl State {
             format!("on {}", text::list(sources))
         };
         let note = format!(
-            "{} for {}, but the image is {place}: it is salvaged from there. Find out why the registry does not \
+            "{} for {}, but the image is {place}: it is salvaged from there{}. Find out why the registry does not \
              serve it.",
             wait.reason,
-            text::image(&wait.image, digest.as_str())
+            text::image(&wait.image, digest.as_str()),
+            why.words().map(|words| format!(" ({words})")).unwrap_or_default()
         );
         let tell = entry.tell(wait, true, names::event::IMAGE_SALVAGEABLE, "Salvage", &note);
         self.actions.extend(tell);
@@ -196,8 +213,13 @@ impl State {
     pub(super) fn tell_failure(&mut self, uid: &str) {
         let Some((job, _)) = self.jobs.get(uid) else { return };
         let note = format!("SalvageJob {}: {}", job.name, status::message(&job.status));
+        let owners = &self.world.owners;
         for entry in self.pods.values_mut() {
-            if entry.pod.namespace != job.namespace || *entry.pod.node != *job.spec.node_name {
+            let pod = &entry.pod;
+            if pod.namespace != job.namespace
+                || *pod.node != *job.spec.node_name
+                || !owners.opted_in(pod.says, pod.controller.as_deref())
+            {
                 continue;
             }
             for wait in entry.pod.waits.clone() {

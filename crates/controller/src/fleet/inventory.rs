@@ -31,6 +31,8 @@ pub struct Manifest {
     pub platform: Platform,
     /// Whether config and layers are all there.
     pub complete: bool,
+    /// When its config says the image was made, in seconds since 1970; 0 if that is not known.
+    pub created: i64,
 }
 
 /// A node whose agent has a session.
@@ -87,6 +89,7 @@ impl Image {
                         digest: m.digest.parse().ok()?,
                         platform: platform(m.platform.as_ref()),
                         complete: m.complete,
+                        created: m.created.max(0),
                     })
                 })
                 .collect(),
@@ -249,6 +252,18 @@ impl Inventory {
         holders
     }
 
+    /// When the image of `digest` (of an index or a manifest) for `platform` was made, in seconds since 1970; `None`
+    /// if no node that holds it knows.
+    pub fn created(&self, digest: &Digest, platform: Option<&Platform>) -> Option<i64> {
+        let held = self.by_digest.get(digest).into_iter().flatten();
+        let images = held.filter_map(|(name, target)| self.nodes.get(name)?.images.get(target));
+        let manifests = images.flat_map(|image| {
+            image.manifests.iter().filter(|m| image.target == *digest || m.digest == *digest)
+        });
+        let suit = manifests.filter(|m| platform.is_none_or(|p| p.rank(&m.platform).is_some()));
+        suit.map(|m| m.created).max().filter(|created| *created > 0)
+    }
+
     /// Names of the records, other than config IDs, under which a node has `digest`.
     pub fn names_on(&self, node: &str, digest: &Digest) -> Vec<Arc<str>> {
         let image = self.nodes.get(node).and_then(|node| node.images.get(digest));
@@ -297,6 +312,7 @@ mod tests {
                 digest: digest(target + 100),
                 platform: Platform::new("linux", "amd64", ""),
                 complete,
+                created: 0,
             }],
         }
     }

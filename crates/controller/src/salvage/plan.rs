@@ -7,7 +7,8 @@ use tote_image::Digest;
 use super::job::{Job, Run, Source};
 use super::{Wanted, after};
 use crate::detect::Consent;
-use crate::resolve::{Missing, Resolution, resolve};
+use crate::resolve::{Missing, Question, Resolution, Why};
+use crate::running::Meant;
 use crate::text;
 use crate::world::World;
 
@@ -34,6 +35,8 @@ pub enum Step {
     Ready {
         /// What to move.
         digest: Digest,
+        /// Why this.
+        why: Why,
         /// Where it is to be had; empty if the target holds every blob.
         sources: Vec<Source>,
     },
@@ -129,9 +132,9 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
     }
     let found = look(job, wanted, world, now, again);
     match (&job.run, found) {
-        (Run::Running { sources, .. }, Ok((_, available))) => reattach(sources, &available),
+        (Run::Running { sources, .. }, Ok((_, _, available))) => reattach(sources, &available),
         (Run::Running { .. }, Err(_)) => Step::Keep,
-        (_, Ok((digest, sources))) => Step::Ready { digest, sources },
+        (_, Ok((digest, why, sources))) => Step::Ready { digest, why, sources },
         (_, Err(step)) => step,
     }
 }
@@ -220,7 +223,7 @@ fn look(
     world: &World,
     now: Timestamp,
     again: &mut Option<Timestamp>,
-) -> Result<(Digest, Vec<Source>), Step> {
+) -> Result<(Digest, Why, Vec<Source>), Step> {
     let pin = job.digest();
     if pin.is_none()
         && let Some(at) = world.unsettled_until(now)
@@ -232,8 +235,15 @@ fn look(
         ));
     }
     let only = job.spec.source_node_name.as_deref();
-    match resolve(&wanted.reference, pin.as_ref(), &job.spec.node_name, only, &world.fleet) {
-        Resolution::Found { digest, sources, on_target } => {
+    let question = Question {
+        reference: &wanted.reference,
+        pin: pin.as_ref(),
+        target: &job.spec.node_name,
+        source: only,
+        workload: &Meant::new(),
+    };
+    match question.resolve(&world.fleet, world.tags) {
+        Resolution::Found { digest, why, sources, on_target } => {
             if let Some(refusal) = world.pattern_refusal(&wanted.reference, &digest) {
                 let message = format!("{} may not be salvaged: {refusal}", job.spec.image);
                 return Err(Step::Wait { reason: "ImageDenied", message, cancel: true });
@@ -243,7 +253,7 @@ fn look(
             } else {
                 sources.iter().filter_map(|node| world.source(node)).collect()
             };
-            Ok((digest, sources))
+            Ok((digest, why, sources))
         }
         Resolution::Missing(Missing::Nowhere { digest }) if only.is_some() => {
             let (source, image) = (only.unwrap_or_default(), &job.spec.image);

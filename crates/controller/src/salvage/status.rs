@@ -4,8 +4,10 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use tote_api::names::condition;
 use tote_api::{Phase, SalvageJobStatus, Transfer};
+use tote_image::Digest;
 
 use super::job::{Job, Progress};
+use crate::resolve::Why;
 use crate::text;
 
 /// The longest message of a condition, in bytes (metav1.Condition allows 32 KiB; a screen does not).
@@ -80,8 +82,10 @@ pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Time
     };
     match (&status.digest, reason) {
         (Some(digest), _) => {
-            let digest = digest.clone();
-            set(status, condition::RESOLVED, "True", "Resolved", &format!("the image is {digest}"), now);
+            // It may say already why it is this one.
+            let known = find(status, condition::RESOLVED).filter(|c| c.message.contains(digest.as_str()));
+            let message = known.map_or_else(|| format!("the image is {digest}"), |c| c.message.clone());
+            set(status, condition::RESOLVED, "True", "Resolved", &message, now);
         }
         (None, "AmbiguousTag" | "NoSource" | "InvalidImage") => {
             set(status, condition::RESOLVED, "False", reason, message, now);
@@ -92,6 +96,18 @@ pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Time
     set(status, condition::READY, imported, reason, message, now);
     set(status, condition::RECONCILING, reconciling, reason, message, now);
     set(status, condition::STALLED, stalled, reason, message, now);
+}
+
+/// Notes what the image is, and why.
+pub fn resolved(job: &mut Job, digest: &Digest, why: Why, now: Timestamp) {
+    let text = digest.to_string();
+    if job.status.digest.as_ref() == Some(&text) {
+        return;
+    }
+    let words = why.words().map(|words| format!(": {words}")).unwrap_or_default();
+    let message = format!("the image is {digest}{words}");
+    set(&mut job.status, condition::RESOLVED, "True", "Resolved", &message, now);
+    job.status.digest = Some(text);
 }
 
 /// Notes that the spec was seen as it is now, where nothing else changes: what watches (kstatus) waits for it.

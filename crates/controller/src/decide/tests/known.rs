@@ -21,7 +21,7 @@ fn nothing_is_decided_before_every_list_is_known() {
     bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
     bench.up("b", vec![]);
     bench.waits("p", "b", "r.test/x:1");
-    for kind in [Kind::Pods, Kind::Namespaces, Kind::Nodes] {
+    for kind in Kind::ALL.into_iter().filter(|kind| *kind != Kind::Jobs) {
         let seen = ["uid-p", "shop", "a", "b"].map(Arc::from).into();
         bench.on(Event::Listed(kind, seen));
         assert_eq!(bench.decide(), []);

@@ -2,6 +2,7 @@
 
 mod jobs;
 mod known;
+mod owners;
 mod pods;
 
 use serde_json::json;
@@ -33,6 +34,7 @@ fn image(n: u8, names: &[&str], complete: bool) -> Image {
             digest: digest(n + 100),
             platform: Platform::new("linux", "amd64", ""),
             complete,
+            created: 0,
         }],
     }
 }
@@ -68,7 +70,7 @@ impl Bench {
 
     fn with_policy(edit: impl Fn(&mut Policy)) -> Self {
         let limits = Limits { fleet: 2, target: 2, source: 2 };
-        let mut policy = Policy { enabled: true, images: Images::default(), limits };
+        let mut policy = Policy { enabled: true, images: Images::default(), limits, tags: TagPolicy::Refuse };
         edit(&mut policy);
         let state = State::new(policy);
         let mut bench = Self { state, now: "2026-01-01T00:00:00Z".parse().unwrap(), jobs: 0, version: 0 };
@@ -115,13 +117,17 @@ impl Bench {
             reference: image.parse().map_err(|error: tote_image::ReferenceError| error.to_string()),
             policy_always: false,
             reason: "ErrImagePull".into(),
+            message: "".into(),
+            last_pull_error: None,
         };
         let mut waiting = WaitingPod {
             namespace: namespace.into(),
             name: pod.into(),
             uid: format!("uid-{pod}").into(),
             node: node.into(),
-            opted_in: true,
+            says: Some(true),
+            controller: None,
+            pull_secrets: vec![],
             imported_at: None,
             waits: vec![wait],
         };

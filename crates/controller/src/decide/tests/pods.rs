@@ -81,7 +81,7 @@ fn who_is_not_opted_in_is_left_alone() {
     for (namespace, opted_in) in [("work", true), ("kube-system", true), ("shop", false), ("gone", true)] {
         let mut bench = Bench::new();
         bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
-        bench.waits_in(namespace, "p", "b", "r.test/x:1", |pod| pod.opted_in = opted_in);
+        bench.waits_in(namespace, "p", "b", "r.test/x:1", |pod| pod.says = Some(opted_in));
         assert_eq!(bench.decide(), [], "{namespace} {opted_in}");
     }
     let mut bench = Bench::cold(false);
