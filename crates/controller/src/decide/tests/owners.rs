@@ -154,6 +154,19 @@ fn what_the_last_pull_failed_of_is_remembered_while_kubelet_backs_off() {
 }
 
 #[test]
+fn what_a_node_refuses_by_its_signature_is_not_brought_in_by_another_way() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.waits_in("shop", "p", "b", "r.test/x:1", |pod| {
+        pod.waits[0].reason = "SignatureValidationFailed".into();
+        pod.waits[0].message = "no signature of ours".into();
+    });
+    let actions = bench.decide();
+    assert_eq!(created(&actions).len(), 0);
+    assert!(told(&actions, names::event::IMAGE_NOT_ACTIONABLE)[0].contains("no signature of ours"));
+}
+
+#[test]
 fn a_container_is_told_of_each_image_it_waits_for() {
     let mut bench = Bench::new();
     let mut waits_for = |image: &str| {
