@@ -2,7 +2,8 @@
 
 /// On a Namespace: `"true"` lets salvage act in it.
 pub const ALLOW: &str = "tote.dev/allow";
-/// On a Pod: `"true"` lets detection act on it.
+/// On a Pod, or on what controls it (a `ReplicaSet`, Deployment, `StatefulSet`, `DaemonSet`, Job, `CronJob` or
+/// `ReplicationController`): `"true"` lets detection act on it, anything else does not; the nearest to the pod counts.
 pub const AUTO_SALVAGE: &str = "tote.dev/auto-salvage";
 /// On a Pod, by the controller: digest of the image that was salvaged for it.
 pub const SALVAGED_DIGEST: &str = "tote.dev/salvaged-digest";

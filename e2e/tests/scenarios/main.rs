@@ -12,6 +12,7 @@ mod identity;
 mod jobs;
 mod known;
 mod outage;
+mod owners;
 mod play;
 mod policy;
 mod reader;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         outage::all(),
         shapes::all(),
         policy::all(),
+        owners::all(),
         jobs::all(),
         commands::all(),
         identity::all(),

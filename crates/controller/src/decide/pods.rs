@@ -61,6 +61,11 @@ impl State {
             entry.not_actionable(wait, "PolicyAlways", &note, &mut self.actions);
             return;
         }
+        if wait.reason == "SignatureValidationFailed" {
+            let note = format!("{image} is not salvaged: this node refuses its signature. {}", wait.message);
+            entry.not_actionable(wait, "Signature", &note, &mut self.actions);
+            return;
+        }
         let reference = match &wait.reference {
             Ok(reference) => reference,
             Err(error) => {

@@ -129,8 +129,7 @@ pub struct Wait {
     pub reason: String,
     /// kubelet's message, at most 2 KiB. It changes with a pull, not with a look: kubelet repeats while it backs off.
     pub message: Arc<str>,
-    /// What the last pull of this image failed of, if that was seen: kubelets before 1.32 do not say it while they back
-    /// off.
+    /// What the last pull of this image failed of, if that was seen: older kubelets do not say it while they back off.
     pub last_pull_error: Option<Arc<str>>,
 }
 

@@ -81,8 +81,7 @@ fn a_kind_that_cannot_be_listed_is_done_without() {
     assert!(bench.decide().is_empty() && !bench.state.is_synced());
     assert!(bench.state.apply(Event::Unlisted(forbidden), bench.now));
     assert!(bench.state.is_synced());
-    assert_eq!(bench.decide().len(), 0, "asked for the first time");
-    assert_eq!(created(&bench.pass(11)).len(), 1);
+    assert_eq!(created(&bench.decide()).len(), 1);
     assert!(!bench.state.apply(Event::Unlisted(forbidden), bench.now), "once");
 }
 
@@ -151,6 +150,19 @@ fn what_the_last_pull_failed_of_is_remembered_while_kubelet_backs_off() {
     let pod = bench.state.pods["uid-p"].pod.clone();
     let same = Event::Pod { uid: "uid-p".into(), waiting: Some(pod) };
     assert!(!bench.state.apply(same, bench.now), "no news, no decision");
+}
+
+#[test]
+fn what_a_node_refuses_by_its_signature_is_not_brought_in_by_another_way() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.waits_in("shop", "p", "b", "r.test/x:1", |pod| {
+        pod.waits[0].reason = "SignatureValidationFailed".into();
+        pod.waits[0].message = "no signature of ours".into();
+    });
+    let actions = bench.decide();
+    assert_eq!(created(&actions).len(), 0);
+    assert!(told(&actions, names::event::IMAGE_NOT_ACTIONABLE)[0].contains("no signature of ours"));
 }
 
 #[test]
