@@ -24,7 +24,7 @@ fn template(values: &[&str]) -> Result<String, String> {
 }
 
 /// Every value of values.yaml, set to something else, and what it must change in the output.
-const EVERY_VALUE: [(&str, &[&str]); 26] = [
+const EVERY_VALUE: [(&str, &[&str]); 28] = [
     ("image.repository=registry.corp:5000/ops/tote", &["\"registry.corp:5000/ops/tote:0.1.0\""]),
     ("image.tag=0.9.9", &["\"localhost/tote:0.9.9\""]),
     ("image.pullPolicy=Never", &["imagePullPolicy: Never"]),
@@ -35,6 +35,8 @@ const EVERY_VALUE: [(&str, &[&str]); 26] = [
     ("log.format=json", &["--log-format=json"]),
     ("controller.replicas=2", &["replicas: 2"]),
     ("controller.maxConcurrentSalvages=7", &["--max-concurrent-salvages=7"]),
+    ("controller.maxUploadsPerNode=8", &["--max-uploads-per-node=8"]),
+    ("controller.maxConcurrentInCluster=99", &["--max-concurrent-in-cluster=99"]),
     ("controller.sessionTTL=7m", &["--session-ttl=7m"]),
     ("tls.certificateLifetime=90m", &["--certificate-lifetime=90m"]),
     ("tls.existingSecret=my-ca", &["--ca-secret=my-ca", "resourceNames: [my-ca]"]),
@@ -180,6 +182,8 @@ fn a_bad_value_is_refused_by_name() {
         ("config.metricsAddr=8080", "metricsAddr"),
         ("config.enabled=perhaps", "enabled"),
         ("controller.maxConcurrentSalvages=0", "maxConcurrentSalvages"),
+        ("controller.maxUploadsPerNode=0", "maxUploadsPerNode"),
+        ("controller.maxConcurrentInCluster=0", "maxConcurrentInCluster"),
         ("controler.replicas=2", "controler"),
         ("log.format=xml", "format"),
         ("tls.certificateLifetime=ever", "certificateLifetime"),

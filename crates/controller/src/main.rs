@@ -19,10 +19,6 @@ use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
 use tote_rpc::identity::Identity;
 
-/// Transfers to one node, and from one node, at once.
-const PER_TARGET: usize = 2;
-const PER_SOURCE: usize = 2;
-
 /// How long the API server may take to answer at start.
 const START: Duration = Duration::from_secs(60);
 
@@ -36,9 +32,15 @@ struct Flags {
     /// The kill switch: false, and nothing is made, moved or woken.
     #[arg(long, default_value_t = true, action = ArgAction::Set)]
     enabled: bool,
-    /// Transfers of the whole fleet at once.
+    /// Transfers to one node at once.
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     max_concurrent_salvages: usize,
+    /// Transfers that read from one node at once.
+    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
+    max_uploads_per_node: usize,
+    /// Transfers of the whole cluster at once. Each writes its progress every 5 seconds.
+    #[arg(long, default_value_t = 64, value_parser = at_least_one)]
+    max_concurrent_in_cluster: usize,
     /// Name of the agents' headless Service, in this pod's namespace.
     #[arg(long, default_value = "tote-agent")]
     agent_service: String,
@@ -167,7 +169,11 @@ async fn run(flags: Flags) -> Result<(), String> {
     let settings = Settings {
         policy: Policy {
             enabled: flags.enabled,
-            limits: Limits { fleet: flags.max_concurrent_salvages, target: PER_TARGET, source: PER_SOURCE },
+            limits: Limits {
+                cluster: flags.max_concurrent_in_cluster,
+                target: flags.max_concurrent_salvages,
+                source: flags.max_uploads_per_node,
+            },
         },
         namespace: flags.pod_namespace.clone(),
         me: flags.pod_name.clone(),

@@ -16,6 +16,7 @@ use crate::decide::{Event, Policy, State};
 use crate::fleet::{Agents, Enrolment, Fleet, FleetEvent};
 use crate::http::Health;
 use crate::leader::Term;
+use crate::nodes;
 use crate::perform::Performer;
 use crate::watch;
 
@@ -81,7 +82,8 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     watches.spawn(keeper.run());
     watches.spawn(watch::pods(client.clone(), events.clone()));
     watches.spawn(watch::namespaces(client.clone(), events.clone()));
-    watches.spawn(watch::nodes(client.clone(), events.clone()));
+    watches.spawn(nodes::watch(client.clone(), events.clone()));
+    watches.spawn(nodes::watch_sandboxes(client.clone(), events.clone()));
     watches.spawn(watch::jobs(client.clone(), events.clone()));
     let agents_of = (settings.namespace.clone(), settings.agent_service.clone());
     let agents_client = client.clone();

@@ -8,7 +8,7 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use futures::StreamExt as _;
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{ObjectMeta, PartialObjectMeta};
@@ -78,7 +78,7 @@ struct SlimWaiting {
 }
 
 /// Metadata without managed fields, labels and owners.
-fn slim_metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+pub(crate) fn slim_metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Slim {
@@ -135,10 +135,10 @@ impl SlimPod {
 }
 
 /// What an object means: the key it is listed under, the event, and whether there is anything to keep.
-struct Meaning {
-    key: Arc<str>,
-    event: Event,
-    keep: bool,
+pub(crate) struct Meaning {
+    pub(crate) key: Arc<str>,
+    pub(crate) event: Event,
+    pub(crate) keep: bool,
 }
 
 /// Watches pods, of all namespaces, that have not ended.
@@ -168,17 +168,6 @@ pub async fn namespaces(client: Client, events: mpsc::Sender<Event>) {
     .await;
 }
 
-/// Watches which nodes there are.
-pub async fn nodes(client: Client, events: mpsc::Sender<Event>) {
-    let api: Api<PartialObjectMeta<Node>> = Api::all(client);
-    follow(api, watcher::Config::default(), Kind::Nodes, events, |node, gone| {
-        let key: Arc<str> = node.metadata.name.as_deref()?.into();
-        let uid = if gone { None } else { node.metadata.uid.as_deref().map(Into::into) };
-        Some(Meaning { event: Event::Node { name: key.clone(), uid }, key, keep: true })
-    })
-    .await;
-}
-
 /// Watches jobs.
 pub async fn jobs(client: Client, events: mpsc::Sender<Event>) {
     let api: Api<SalvageJob> = Api::all(client);
@@ -191,7 +180,8 @@ pub async fn jobs(client: Client, events: mpsc::Sender<Event>) {
     .await;
 }
 
-async fn follow<K, F>(
+/// Sends what the objects of `api` mean, and after each list what there is.
+pub(crate) async fn follow<K, F>(
     api: Api<K>,
     config: watcher::Config,
     kind: Kind,

@@ -64,6 +64,13 @@ pub enum FleetEvent {
         /// Targets without a record.
         removed: Vec<Digest>,
     },
+    /// Whether containerd answers the node's agent, when that changes; it does when a session begins.
+    Runtime {
+        /// The node.
+        node: NodeName,
+        /// Whether it does not answer.
+        is_down: bool,
+    },
     /// The session ended.
     Down {
         /// The node.

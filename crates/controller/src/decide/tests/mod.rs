@@ -2,6 +2,7 @@
 
 mod jobs;
 mod known;
+mod nodes;
 mod pods;
 
 use serde_json::json;
@@ -11,6 +12,7 @@ use tote_image::{Digest, Platform};
 use super::*;
 use crate::detect::{Consent, Wait};
 use crate::fleet::{FleetEvent, Image, Manifest};
+use crate::nodes::NodeFacts;
 use crate::salvage::{Progress, after};
 
 struct Bench {
@@ -58,7 +60,7 @@ impl Bench {
     }
 
     fn cold(enabled: bool) -> Self {
-        let limits = Limits { fleet: 2, target: 2, source: 2 };
+        let limits = Limits { cluster: 2, target: 2, source: 2 };
         let state = State::new(Policy { enabled, limits });
         let mut bench = Self { state, now: "2026-01-01T00:00:00Z".parse().unwrap(), jobs: 0, version: 0 };
         for (name, says) in
@@ -67,9 +69,15 @@ impl Bench {
             bench.on(Event::Namespace { name: name.into(), consent: Some(says) });
         }
         for node in ["a", "b", "c"] {
-            bench.on(Event::Node { name: node.into(), uid: Some(format!("uid-{node}").into()) });
+            bench.node(node, |_| {});
         }
         bench
+    }
+
+    fn node(&mut self, name: &str, edit: impl Fn(&mut NodeFacts)) {
+        let mut facts = NodeFacts::ready(&format!("uid-{name}"));
+        edit(&mut facts);
+        self.on(Event::Node { name: name.into(), facts: Some(facts) });
     }
 
     fn on(&mut self, event: Event) {
