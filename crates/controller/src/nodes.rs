@@ -185,8 +185,8 @@ fn sandbox_image(message: &str) -> Option<&str> {
 
 /// Watches what kubelet says of sandboxes that it cannot make. Unlike the other watches nothing waits for its first list.
 pub async fn watch_sandboxes(client: Client, events: mpsc::Sender<Event>) {
-    let config =
-        watcher::Config::default().fields("reason=FailedCreatePodSandBox,involvedObject.kind=Pod,type=Warning");
+    let config = watcher::Config::default()
+        .fields("reason=FailedCreatePodSandBox,involvedObject.kind=Pod,type=Warning");
     let mut stream = pin!(watcher(Api::<SlimEvent>::all(client), config).default_backoff());
     while let Some(item) = stream.next().await {
         let told = match item {
@@ -223,7 +223,8 @@ mod tests {
 
     #[test]
     fn a_node_says_whether_it_is_cordoned_under_pressure_or_without_a_runtime() {
-        let ready = |status: &str, message: &str| json!({"type": "Ready", "status": status, "message": message});
+        let ready =
+            |status: &str, message: &str| json!({"type": "Ready", "status": status, "message": message});
         let well = facts(&json!({}), &json!([ready("True", "kubelet is posting ready status")]));
         assert_eq!(well, NodeFacts::ready("u"));
         let full = json!([ready("True", ""), {"type": "DiskPressure", "status": "True"}]);

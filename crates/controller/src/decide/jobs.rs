@@ -155,7 +155,8 @@ impl State {
     fn step(&mut self, uid: &Arc<str>, now: Timestamp, again: &mut Option<Timestamp>) -> Option<Demand> {
         let (job, book) = self.jobs.get_mut(uid)?;
         if job.status.node_uid.is_none() && job.is_open() {
-            job.status.node_uid = self.world.nodes.get(&*job.spec.node_name).map(|facts| facts.uid.to_string());
+            job.status.node_uid =
+                self.world.nodes.get(&*job.spec.node_name).map(|facts| facts.uid.to_string());
         }
         if job.status.digest.is_none() {
             job.status.digest = job.digest().map(|digest| digest.to_string());
@@ -307,7 +308,11 @@ fn finish(job: &mut Job, progress: &Progress, now: Timestamp) {
 /// Sources that an earlier attempt failed with come last, before them those on nodes that had better be left alone.
 fn reluctance(job: &Job, world: &World, sources: &[Source]) -> BTreeMap<NodeName, u8> {
     let of = |node: &NodeName| u8::from(world.is_shaky(node)) + 2 * u8::from(job.tried.contains(node));
-    sources.iter().map(|source| (source.node.clone(), of(&source.node))).filter(|(_, late)| *late > 0).collect()
+    sources
+        .iter()
+        .map(|source| (source.node.clone(), of(&source.node)))
+        .filter(|(_, late)| *late > 0)
+        .collect()
 }
 
 fn pause(job: &Job, failures: u32, now: Timestamp) -> Timestamp {

@@ -139,17 +139,19 @@ impl State {
 }
 
 fn sandbox_note(world: &World, node: &NodeName, image: &str) -> String {
-    let found = image.parse::<Reference>().map(|reference| resolve(&reference, None, node, None, &world.fleet));
+    let found =
+        image.parse::<Reference>().map(|reference| resolve(&reference, None, node, None, &world.fleet));
+    let by_job =
+        format!("make a SalvageJob with image {image} and nodeName {node} in a namespace that is opted in");
+    let is_present =
+        image.parse::<Reference>().is_ok_and(|r| world.fleet.present(node, &r.to_string()).is_some());
     let remedy = match found {
+        _ if is_present => "By now the node holds it, and kubelet tries again by itself".to_owned(),
         Ok(Resolution::Found { on_target: true, .. }) => {
-            "by now the node holds it, and kubelet tries again by itself".to_owned()
+            format!("The node holds it under another name: {by_job}")
         }
-        Ok(Resolution::Found { sources, .. }) => format!(
-            "{} {} it: make a SalvageJob with image {image} and nodeName {node} in a namespace that is opted in",
-            text::list(&sources),
-            if sources.len() == 1 { "holds" } else { "hold" }
-        ),
-        Ok(Resolution::Missing(missing)) => missing.message(image),
+        Ok(Resolution::Found { sources, .. }) => format!("It is on {}: {by_job}", text::list(&sources)),
+        Ok(Resolution::Missing(missing)) => format!("As to other nodes: {}", missing.message(image)),
         Err(error) => error.to_string(),
     };
     format!(

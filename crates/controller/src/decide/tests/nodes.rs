@@ -317,7 +317,7 @@ fn a_sandbox_image_that_is_missing_is_told_on_the_node_once_an_hour() {
     let told = of_nodes(&bench.decide());
     let [(node, reason, note)] = &told[..] else { panic!("{told:?}") };
     assert_eq!((node.as_str(), reason.as_str()), ("b", names::event::SANDBOX_IMAGE_MISSING));
-    for word in [PAUSE, "c holds it", "nodeName b", "io.cri-containerd.pinned=pinned"] {
+    for word in [PAUSE, "It is on c", "nodeName b", "io.cri-containerd.pinned=pinned"] {
         assert!(note.contains(word), "{note}");
     }
     for _ in 0..59 {
@@ -341,6 +341,12 @@ fn a_sandbox_image_that_nobody_holds_is_told_too_and_what_is_long_past_is_not() 
     no_sandbox(&mut bench, "b");
     let told = of_nodes(&bench.decide());
     assert!(told.len() == 1 && told[0].2.contains("no node whose agent answers holds"), "{told:?}");
+    bench.up("c", vec![image(7, &[PAUSE], true), image(8, &["r.test/other:1"], true)]);
+    bench.up("b", vec![image(7, &["r.test/other:1"], true)]);
+    bench.now = after(bench.now, 3600);
+    no_sandbox(&mut bench, "b");
+    let told = of_nodes(&bench.decide());
+    assert!(told.len() == 1 && told[0].2.contains("under another name: make a SalvageJob"), "{told:?}");
     for n in 0..5000 {
         let image = format!("r.test/pause:{n}").into();
         bench.on(Event::SandboxFailed { node: "b".into(), image, at: bench.now });
@@ -358,7 +364,10 @@ fn a_runtime_that_is_down_is_told_on_the_node_once_for_each_outage() {
     let told = of_nodes(&bench.pass(10));
     let [(node, reason, note)] = &told[..] else { panic!("{told:?}") };
     assert_eq!((node.as_str(), reason.as_str()), ("b", names::event::RUNTIME_DOWN));
-    assert!(note.contains("no answer from containerd") && note.contains("salvages elsewhere go on"), "{note}");
+    assert!(
+        note.contains("no answer from containerd") && note.contains("salvages elsewhere go on"),
+        "{note}"
+    );
     down(&mut bench, "c");
     bench.decide();
     let told = of_nodes(&bench.pass(10));
