@@ -86,8 +86,8 @@ impl State {
                 continue;
             }
             sandbox.told = Some(now);
-            let note = sandbox_note(&self.world, node, image);
-            self.tell_node(node, names::event::SANDBOX_IMAGE_MISSING, "LookForSandboxImage", &note);
+            let words = sandbox_note(&self.world, node, image);
+            self.tell_node(node, names::event::SANDBOX_IMAGE_MISSING, "LookForSandboxImage", &words);
         }
     }
 
@@ -111,16 +111,16 @@ impl State {
                 || "tote's agent there gets no answer from containerd".to_owned(),
                 |facts| format!("kubelet says: {}", facts.message),
             );
-            let note = format!(
+            let words = format!(
                 "the container runtime of node {node} is down; {who}. No pod starts there and no image is brought to it \
                  or taken from it until it is back; salvages elsewhere go on. Look at containerd on the node: systemctl \
                  status containerd, journalctl -u containerd."
             );
-            self.tell_node(&node, names::event::RUNTIME_DOWN, "LookAtRuntime", &note);
+            self.tell_node(&node, names::event::RUNTIME_DOWN, "LookAtRuntime", &words);
         }
     }
 
-    fn tell_node(&mut self, node: &NodeName, reason: &str, action: &'static str, note: &str) {
+    fn tell_node(&mut self, node: &NodeName, reason: &str, action: &'static str, words: &str) {
         let Some(facts) = self.world.nodes.get(node) else { return };
         self.actions.push(Action::Tell {
             about: About {
@@ -133,7 +133,7 @@ impl State {
             warning: true,
             reason: reason.to_owned(),
             action,
-            note: text::bounded(note, text::MAX_NOTE),
+            note: text::bounded(words, text::MAX_NOTE),
         });
     }
 }
