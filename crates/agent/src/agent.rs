@@ -25,6 +25,9 @@ use crate::service::{Service, Terms, epoch};
 const FACTS_INTERVAL: Duration = Duration::from_secs(10);
 const FACTS_RETRY: Duration = Duration::from_secs(1);
 
+/// So many times in a row it must not have answered to be down: one that is restarted is back by then.
+const SILENCES: u32 = 3;
+
 /// What an agent is to be.
 pub struct Settings {
     /// The node's name, as Kubernetes has it.
@@ -57,9 +60,11 @@ pub async fn run(
 
     let facts = watch::Sender::new(None);
     let images = watch::Sender::new(None);
+    let runtime_down = watch::Sender::new(false);
+    let known_runtime_down = runtime_down.subscribe();
     let (known_facts, known_images) = (facts.subscribe(), images.subscribe());
     tasks.spawn(inventory::follow(containerd.clone(), images, stop.clone()));
-    tasks.spawn(until(stop.clone(), follow_facts(containerd.clone(), facts)));
+    tasks.spawn(until(stop.clone(), follow_facts(containerd.clone(), facts, runtime_down)));
     tasks.spawn(until(stop.clone(), count_images(known_images.clone(), metrics.clone())));
 
     let standing = Arc::new(Standing::new(settings.identity.clone(), &settings.node_name, settings.mounts));
@@ -101,6 +106,7 @@ pub async fn run(
         epoch: epoch(),
         imports: imports.clone(),
         facts: known_facts,
+        runtime_down: known_runtime_down,
         inventory: known_images,
         metrics,
         standing,
@@ -128,11 +134,17 @@ async fn until(stop: CancellationToken, task: impl Future<Output = ()>) {
     stop.run_until_cancelled(task).await;
 }
 
-async fn follow_facts(containerd: Arc<dyn Containerd>, known: watch::Sender<Option<Facts>>) {
+async fn follow_facts(
+    containerd: Arc<dyn Containerd>,
+    known: watch::Sender<Option<Facts>>,
+    down: watch::Sender<bool>,
+) {
+    let mut silences = 0_u32;
     loop {
         let mut pause = FACTS_INTERVAL;
         match containerd.facts().await {
             Ok(facts) => {
+                silences = 0;
                 if facts.snapshotter.is_err() {
                     pause = FACTS_RETRY;
                 }
@@ -150,10 +162,13 @@ async fn follow_facts(containerd: Arc<dyn Containerd>, known: watch::Sender<Opti
                 });
             }
             Err(error) => {
+                silences = silences.saturating_add(1);
                 pause = FACTS_RETRY;
                 tracing::warn!(%error, "waiting for containerd");
             }
         }
+        let is_down = silences >= SILENCES;
+        down.send_if_modified(|known| std::mem::replace(known, is_down) != is_down);
         tokio::time::sleep(pause).await;
     }
 }

@@ -20,7 +20,7 @@ pub const MANAGER: &str = "tote-controller";
 /// Namespaces in which nothing is ever salvaged, whatever their annotations say.
 pub const DENIED_NAMESPACES: [&str; 3] = ["kube-system", "kube-public", "kube-node-lease"];
 
-/// Reasons of events on pods.
+/// Reasons of events on pods and, the last two, on nodes.
 pub mod event {
     /// A pod waits for an image that other nodes hold.
     pub const IMAGE_SALVAGEABLE: &str = "ImageSalvageable";
@@ -30,6 +30,10 @@ pub mod event {
     pub const IMAGE_SALVAGED: &str = "ImageSalvaged";
     /// The `SalvageJob` for a pod failed.
     pub const IMAGE_SALVAGE_FAILED: &str = "ImageSalvageFailed";
+    /// A node cannot start any pod, for it lacks the image of the sandbox and cannot pull it.
+    pub const SANDBOX_IMAGE_MISSING: &str = "SandboxImageMissing";
+    /// A node's container runtime does not answer.
+    pub const RUNTIME_DOWN: &str = "RuntimeDown";
 }
 
 /// Types of conditions of a `SalvageJob`.

@@ -10,6 +10,7 @@ pub mod fleet;
 pub mod http;
 pub mod leader;
 pub mod metrics;
+pub mod nodes;
 pub mod owners;
 pub mod patterns;
 pub mod perform;

@@ -21,10 +21,6 @@ use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
 use tote_rpc::identity::Identity;
 
-/// Transfers to one node, and from one node, at once.
-const PER_TARGET: usize = 2;
-const PER_SOURCE: usize = 2;
-
 /// How long the API server may take to answer at start.
 const START: Duration = Duration::from_secs(60);
 
@@ -45,9 +41,15 @@ struct Flags {
     /// A repository whose images are never salvaged. May be repeated.
     #[arg(long = "deny-image", value_name = "PATTERN")]
     denied_images: Vec<Pattern>,
-    /// Transfers of the whole fleet at once.
+    /// Transfers to one node at once.
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     max_concurrent_salvages: usize,
+    /// Transfers that read from one node at once.
+    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
+    max_uploads_per_node: usize,
+    /// Transfers of the whole cluster at once. Each writes its progress every 5 seconds.
+    #[arg(long, default_value_t = 64, value_parser = at_least_one)]
+    max_concurrent_in_cluster: usize,
     /// What to do about a tag that means different images on different nodes: refuse it, or take the image that was made
     /// last.
     #[arg(long, value_enum, default_value = "refuse")]
@@ -196,7 +198,11 @@ async fn run(flags: Flags) -> Result<(), String> {
         policy: Policy {
             enabled: flags.enabled,
             images: Images { allowed: flags.allowed_images, denied: flags.denied_images },
-            limits: Limits { fleet: flags.max_concurrent_salvages, target: PER_TARGET, source: PER_SOURCE },
+            limits: Limits {
+                cluster: flags.max_concurrent_in_cluster,
+                target: flags.max_concurrent_salvages,
+                source: flags.max_uploads_per_node,
+            },
             tags: flags.tag_policy.into(),
         },
         namespace: flags.pod_namespace.clone(),

@@ -338,9 +338,10 @@ fn merge(before: &SalvageJobStatus, status: &SalvageJobStatus) -> Value {
 
 fn object(about: About) -> ObjectReference {
     ObjectReference {
-        api_version: Some(if about.kind == "Pod" { "v1" } else { "tote.dev/v1alpha1" }.to_owned()),
+        api_version: Some(if about.kind == "SalvageJob" { "tote.dev/v1alpha1" } else { "v1" }.to_owned()),
         kind: Some(about.kind.to_owned()),
-        namespace: Some(about.namespace.to_string()),
+        // Events about what is in no namespace are kept in `default`.
+        namespace: (!about.namespace.is_empty()).then(|| about.namespace.to_string()),
         name: Some(about.name.to_string()),
         uid: Some(about.uid.to_string()),
         field_path: (!about.field_path.is_empty()).then_some(about.field_path),

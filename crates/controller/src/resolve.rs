@@ -86,6 +86,13 @@ pub enum Missing {
         /// The digest, if one is known.
         digest: Option<Digest>,
     },
+    /// Only nodes had it that do not answer now.
+    Away {
+        /// Its digest.
+        digest: Digest,
+        /// Those nodes.
+        nodes: Vec<NodeName>,
+    },
     /// Blobs are missing on every node that has it.
     Incomplete {
         /// Its digest.
@@ -150,8 +157,13 @@ impl Question<'_> {
         if on_target || !sources.is_empty() {
             return Resolution::Found { digest, why, sources, on_target };
         }
+        let away = fleet.away(&digest).into_iter().filter(|node| **node != *self.target);
+        let away: Vec<NodeName> =
+            away.filter(|node| self.source.is_none_or(|source| **node == *source)).collect();
         let (incomplete, other) = (with(Holder::Incomplete), with(Holder::OtherPlatform));
-        Resolution::Missing(if !incomplete.is_empty() {
+        Resolution::Missing(if !away.is_empty() {
+            Missing::Away { digest, nodes: away }
+        } else if !incomplete.is_empty() {
             Missing::Incomplete { digest, nodes: incomplete }
         } else if !other.is_empty() {
             Missing::OtherPlatform { digest, nodes: other }
@@ -217,6 +229,12 @@ impl Missing {
                      node, or push it to the registry again"
                 )
             }
+            Self::Away { digest, nodes } => format!(
+                "no node that answers holds {}, but {} did when last heard of: see that the node is up, that tote's agent \
+                 runs there and that containerd answers it",
+                text::image(image, digest.as_str()),
+                text::list(nodes)
+            ),
             Self::Incomplete { digest, nodes } => format!(
                 "{} is on {}, but blobs of it are missing there, as containerd's discard_unpacked_layers or an \
                  interrupted pull leaves it: push it to the registry again",
@@ -245,6 +263,7 @@ impl Missing {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Nowhere { .. } => "NoSource",
+            Self::Away { .. } => "SourceUnavailable",
             Self::Incomplete { .. } => "IncompleteOnly",
             Self::OtherPlatform { .. } => "OtherPlatformOnly",
             Self::Ambiguous { .. } | Self::WorkloadDisagrees { .. } => "AmbiguousTag",

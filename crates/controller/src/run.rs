@@ -16,6 +16,7 @@ use crate::decide::{Event, Policy, State};
 use crate::fleet::{Agents, Enrolment, Fleet, FleetEvent};
 use crate::http::Health;
 use crate::leader::Term;
+use crate::nodes;
 use crate::owners::OwnerKind;
 use crate::perform::Performer;
 use crate::watch;
@@ -82,7 +83,8 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     watches.spawn(keeper.run());
     watches.spawn(watch::pods(client.clone(), events.clone()));
     watches.spawn(watch::namespaces(client.clone(), events.clone()));
-    watches.spawn(watch::nodes(client.clone(), events.clone()));
+    watches.spawn(nodes::watch(client.clone(), events.clone()));
+    watches.spawn(nodes::watch_sandboxes(client.clone(), events.clone()));
     watches.spawn(watch::jobs(client.clone(), events.clone()));
     for kind in OwnerKind::ALL {
         watches.spawn(watch::owners(client.clone(), kind, events.clone()));

@@ -8,6 +8,7 @@ use tote_image::{Digest, Reference};
 
 use crate::detect::Consent;
 use crate::fleet::{FleetEvent, Inventory, NodeName};
+use crate::nodes::{Kubelet, NodeFacts};
 use crate::owners::Owners;
 use crate::patterns::Images;
 use crate::resolve::TagPolicy;
@@ -26,8 +27,8 @@ pub struct World {
     pub images: Images,
     /// What each namespace says.
     pub namespaces: HashMap<Arc<str>, Consent>,
-    /// UID by name.
-    pub nodes: HashMap<NodeName, Arc<str>>,
+    /// What there is to know of each node.
+    pub nodes: HashMap<NodeName, NodeFacts>,
     /// What the nodes hold.
     pub fleet: Inventory,
     /// What to do about a tag of several meanings.
@@ -66,6 +67,20 @@ impl World {
     /// A node as a source, if its agent has a session.
     pub fn source(&self, node: &NodeName) -> Option<Source> {
         self.fleet.node(node).map(|n| Source { node: node.clone(), address: n.address.clone() })
+    }
+
+    /// Whether a node's container runtime does not answer: its agent, or, where that is away itself, kubelet.
+    pub fn is_runtime_down(&self, node: &str) -> bool {
+        match self.fleet.node(node) {
+            Some(known) => known.runtime_down,
+            None => self.nodes.get(node).is_some_and(|facts| facts.kubelet == Kubelet::RuntimeDown),
+        }
+    }
+
+    /// Whether a node had better be left alone where others do as well: it is being taken out of service, or kubelet
+    /// deletes images there.
+    pub fn is_shaky(&self, node: &str) -> bool {
+        self.nodes.get(node).is_some_and(|facts| facts.cordoned || facts.disk_pressure)
     }
 
     /// When the fleet is known well enough to say that nobody has an image, or what a tag means; `None` if it
@@ -130,6 +145,7 @@ impl World {
                     self.fleet.remove(&node, digest);
                 }
             }
+            FleetEvent::Runtime { node, is_down } => self.fleet.set_runtime_down(&node, is_down),
             FleetEvent::Down { node } => {
                 self.fleet.down(&node);
                 self.forget_gone_nodes();
@@ -169,7 +185,7 @@ mod tests {
         assert_eq!(world.unsettled_until(after(start, 11)), None, "b was waited for");
         world.apply_fleet(up("b"), start);
         assert_eq!(world.unsettled_until(start), None);
-        world.nodes.insert("c".into(), "uid-c".into());
+        world.nodes.insert("c".into(), NodeFacts::ready("uid-c"));
         assert_eq!(
             world.unsettled_until(start),
             Some(after(start, 10)),
@@ -177,7 +193,7 @@ mod tests {
         );
         world.nodes.remove("c");
         world.settle(start);
-        world.nodes.insert("c".into(), "uid-c".into());
+        world.nodes.insert("c".into(), NodeFacts::ready("uid-c"));
         assert_eq!(world.unsettled_until(start), None, "a node that comes later may never have one");
         world.apply_fleet(FleetEvent::Down { node: "a".into() }, after(start, 60));
         assert!(world.unsettled_until(after(start, 61)).is_some());

@@ -11,6 +11,7 @@ mod faults;
 mod identity;
 mod jobs;
 mod known;
+mod nodes;
 mod outage;
 mod owners;
 mod play;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         commands::all(),
         identity::all(),
         faults::all(),
+        nodes::all(),
     ];
     let scenarios: Vec<Scenario> = scenarios.into_iter().flatten().collect();
     if arguments.list {

@@ -51,6 +51,8 @@ pub struct Service {
     pub imports: Arc<Imports>,
     /// containerd's version, platform and snapshotter.
     pub facts: Known<Facts>,
+    /// Whether containerd has stopped answering.
+    pub runtime_down: watch::Receiver<bool>,
     /// The node's images.
     pub inventory: Known<Arc<Inventory>>,
     /// Where sessions and refusals are counted.
@@ -160,6 +162,7 @@ impl agent_server::Agent for Service {
             node_name: self.node_name.clone(),
             epoch: self.epoch.clone(),
             facts: self.facts.clone(),
+            runtime_down: self.runtime_down.clone(),
             inventory: self.inventory.clone(),
         };
         let (stop, metrics) = (self.stop.clone(), self.metrics.clone());

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use prost::Message;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tonic::{Status, Streaming};
 use tote_rpc::v1::{self, session_response};
@@ -22,6 +22,7 @@ pub(super) struct Session {
     pub node_name: String,
     pub epoch: String,
     pub facts: Known<Facts>,
+    pub runtime_down: watch::Receiver<bool>,
     pub inventory: Known<Arc<Inventory>>,
 }
 
@@ -49,13 +50,23 @@ impl Session {
             snapshot(sender, images, false).await?;
         }
         snapshot(sender, last, true).await?;
+        let mut runtime_down = self.runtime_down.clone();
+        let mut down = false;
         loop {
             tokio::select! {
+                changed = async { runtime_down.wait_for(|now| *now != down).await.map(drop) } => {
+                    changed.map_err(stopping)?;
+                }
                 changed = self.inventory.changed() => changed.map_err(stopping)?,
                 changed = self.facts.wait_for(|now| *now != facts) => {
                     changed.map_err(stopping)?;
                     return Err(Status::unavailable("the node's containerd changed; open a new session"));
                 }
+            }
+            let is_down = *runtime_down.borrow();
+            if is_down != down {
+                down = is_down;
+                send(sender, session_response::Message::Runtime(v1::Runtime { down })).await?;
             }
             let new = self.inventory.borrow_and_update().clone().unwrap_or_default();
             let delta = difference(&current, &new);

@@ -118,9 +118,9 @@ pub struct NewJob {
 /// The object that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct About {
-    /// `Pod` or `SalvageJob`.
+    /// `Pod`, `SalvageJob` or `Node`.
     pub kind: &'static str,
-    /// Namespace.
+    /// Namespace; empty for a node.
     pub namespace: Arc<str>,
     /// Name.
     pub name: Arc<str>,

@@ -10,6 +10,8 @@ use super::entry::PodEntry;
 use super::{Action, Count, CreateAnswer, NewJob, State, sooner};
 use crate::backoff::delay;
 use crate::detect::Wait;
+use crate::fleet::NodeName;
+use crate::nodes::NodeFacts;
 use crate::salvage::{after, base_name, counter};
 use crate::text;
 
@@ -17,6 +19,9 @@ use crate::text;
 /// for each of the last hour whose image is gone again: a node that collects it must not be fed for ever.
 const FIRST_PAUSE: i64 = 60;
 const LAST_PAUSE: i64 = 3600;
+
+/// The same, after a failed job, when a node holds the image that did not then.
+const FIRST_PAUSE_NEW_SOURCE: i64 = 1;
 
 /// After a refusal by the API server: a quota, an admission policy, its own absence.
 const FIRST_REFUSAL: Duration = Duration::from_secs(2);
@@ -71,17 +76,19 @@ impl State {
     }
 
     /// Asks for a job, unless it is too soon; tells whether it was asked for.
+    #[allow(clippy::too_many_arguments)] // the facts of one decision
     pub(super) fn ask(
         &mut self,
         entry: &mut PodEntry,
         wait: &Wait,
         reference: &Reference,
         digest: &Digest,
+        sources: &[NodeName],
         now: Timestamp,
         again: &mut Option<Timestamp>,
     ) -> bool {
         let pod = entry.pod.clone();
-        let Some(node_uid) = self.world.nodes.get(&pod.node) else { return false };
+        let Some(NodeFacts { uid: node_uid, .. }) = self.world.nodes.get(&pod.node) else { return false };
         let base = base_name(&pod.namespace, reference, digest, node_uid);
         let asked = self.asked.get(&base);
         // Once may be a moment's absence of the API server.
@@ -115,11 +122,14 @@ impl State {
             if let Some(at) = ended.filter(|at| job.phase() == Phase::Failed || after(*at, LAST_PAUSE) > now)
             {
                 ends += 1;
-                last = last.max(Some(at));
+                if last.is_none_or(|(known, _)| known <= at) {
+                    last = Some((at, job.phase() == Phase::Failed && job.has_new_source(sources)));
+                }
             }
         }
-        if let Some(last) = last {
-            let pause = FIRST_PAUSE.saturating_mul(1 << (ends - 1).min(10)).min(LAST_PAUSE);
+        if let Some((last, has_new_source)) = last {
+            let first = if has_new_source { FIRST_PAUSE_NEW_SOURCE } else { FIRST_PAUSE };
+            let pause = first.saturating_mul(1 << (ends - 1).min(10)).min(LAST_PAUSE);
             if after(last, pause) > now {
                 sooner(again, after(last, pause));
                 return false;

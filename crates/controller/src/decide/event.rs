@@ -3,10 +3,12 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use tote_api::SalvageJob;
 
 use crate::detect::{Consent, WaitingPod};
 use crate::fleet::{FleetEvent, NodeName};
+use crate::nodes::NodeFacts;
 use crate::owners::{Owner, OwnerKind};
 use crate::running::Runs;
 use crate::salvage::Progress;
@@ -71,8 +73,17 @@ pub enum Event {
     Node {
         /// Its name.
         name: NodeName,
-        /// Its UID; `None` if it is gone.
-        uid: Option<Arc<str>>,
+        /// What it says; `None` if it is gone.
+        facts: Option<NodeFacts>,
+    },
+    /// A pod got no sandbox, because its node lacks the image of it.
+    SandboxFailed {
+        /// The node.
+        node: NodeName,
+        /// The image.
+        image: Arc<str>,
+        /// When kubelet last said so.
+        at: Timestamp,
     },
     /// The watch tells of a job.
     Job(Box<SalvageJob>),

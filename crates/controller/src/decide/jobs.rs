@@ -1,6 +1,6 @@
 //! What to do about jobs: start, attach, cancel, finish, delete.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,10 +10,12 @@ use tote_image::{Digest, Reference};
 
 use super::{Action, Count, State, TransferEvent, sooner};
 use crate::backoff::delay;
+use crate::fleet::NodeName;
 use crate::salvage::{
-    Assignment, Demand, Job, Progress, Run, Source, Step, Turn, after, plan, schedule, status,
+    Assignment, Demand, Job, MAX_HELD_BY, Progress, Run, Source, Step, Turn, after, plan, schedule, status,
 };
 use crate::text;
+use crate::world::World;
 
 /// Between two attempts of a job: 1, 2, 4, ... s.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -51,6 +53,9 @@ impl State {
                 let limit = job.spec.backoff_limit.unwrap_or(BACKOFF_LIMIT);
                 let attempts = job.status.attempts;
                 job.fresh = true;
+                if let Run::Running { sources, .. } = &job.run {
+                    job.tried.extend(sources.iter().map(|source| source.node.clone()));
+                }
                 if retryable && attempts <= limit {
                     let failures = u32::try_from(attempts).unwrap_or(1);
                     let pause = pause(job, failures, now);
@@ -83,6 +88,11 @@ impl State {
             self.actions.push(cancel(job));
         }
         job.run = Run::Idle;
+        let digest = job.digest();
+        job.held_by = digest.map(|digest| {
+            let holders = self.world.fleet.holders(&digest, None);
+            holders.into_keys().take(MAX_HELD_BY).collect()
+        });
         status::enter(job, Phase::Failed, reason, message, now);
         self.actions.push(Action::Count(Count::Failure));
         self.tell_failure(uid);
@@ -145,7 +155,8 @@ impl State {
     fn step(&mut self, uid: &Arc<str>, now: Timestamp, again: &mut Option<Timestamp>) -> Option<Demand> {
         let (job, book) = self.jobs.get_mut(uid)?;
         if job.status.node_uid.is_none() && job.is_open() {
-            job.status.node_uid = self.world.nodes.get(&*job.spec.node_name).map(ToString::to_string);
+            job.status.node_uid =
+                self.world.nodes.get(&*job.spec.node_name).map(|facts| facts.uid.to_string());
         }
         if job.status.digest.is_none() {
             job.status.digest = job.digest().map(|digest| digest.to_string());
@@ -188,6 +199,7 @@ impl State {
                     origin: uid.clone(),
                     digest,
                     node: job.spec.node_name.as_str().into(),
+                    reluctance: reluctance(job, &self.world, &sources),
                     sources,
                     begun: job.has_begun(),
                     priority: job.spec.priority.unwrap_or(0),
@@ -291,6 +303,16 @@ fn finish(job: &mut Job, progress: &Progress, now: Timestamp) {
     job.run = Run::Idle;
     let message = status::imported_message(job, progress);
     status::enter(job, Phase::Imported, "Imported", &message, now);
+}
+
+/// Sources that an earlier attempt failed with come last, before them those on nodes that had better be left alone.
+fn reluctance(job: &Job, world: &World, sources: &[Source]) -> BTreeMap<NodeName, u8> {
+    let of = |node: &NodeName| u8::from(world.is_shaky(node)) + 2 * u8::from(job.tried.contains(node));
+    sources
+        .iter()
+        .map(|source| (source.node.clone(), of(&source.node)))
+        .filter(|(_, late)| *late > 0)
+        .collect()
 }
 
 fn pause(job: &Job, failures: u32, now: Timestamp) -> Timestamp {

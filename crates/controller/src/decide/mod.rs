@@ -1,7 +1,7 @@
 //! The state of the controller: takes in events, gives out actions. No effects, no clock of its own.
 //!
-//! `pods` (with `ask` and `wake`) decides over pods that wait, `jobs` (with `book`) over `SalvageJob`s; both only from
-//! what is known here.
+//! `pods` (with `ask` and `wake`) decides over pods that wait, `jobs` (with `book`) over `SalvageJob`s, `nodes` over what is
+//! said of nodes; all only from what is known here.
 
 mod action;
 mod ask;
@@ -9,6 +9,7 @@ mod book;
 mod entry;
 mod event;
 mod jobs;
+mod nodes;
 mod pods;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,7 @@ use crate::world::World;
 use ask::Asked;
 use book::Book;
 use entry::PodEntry;
+use nodes::Notes;
 
 /// What the operator's flags set.
 #[derive(Clone, Debug)]
@@ -58,6 +60,8 @@ pub struct State {
     by_image: HashMap<(String, Reference), BTreeSet<Arc<str>>>,
     /// Jobs asked for, by base name.
     asked: HashMap<String, Asked>,
+    /// What was seen of nodes and said of them.
+    notes: Notes,
     synced: HashSet<Kind>,
     streams: u64,
     actions: Vec<Action>,
@@ -82,6 +86,7 @@ impl State {
             jobs: BTreeMap::new(),
             by_image: HashMap::new(),
             asked: HashMap::new(),
+            notes: Notes::default(),
             synced: HashSet::new(),
             streams: 0,
             actions: Vec::new(),
@@ -120,10 +125,12 @@ impl State {
             Event::Namespace { name, consent: None } => {
                 return self.world.namespaces.remove(&name).is_some();
             }
-            Event::Node { name, uid: Some(uid) } => {
-                return self.world.nodes.insert(name, uid.clone()) != Some(uid);
+            Event::Node { name, facts: Some(facts) } => {
+                let before = self.world.nodes.insert(name.clone(), facts);
+                return before.is_none_or(|before| self.world.nodes[&name].is_news_after(&before));
             }
-            Event::Node { name, uid: None } => {
+            Event::SandboxFailed { node, image, at } => return self.notes.sandbox_failed(node, image, at),
+            Event::Node { name, facts: None } => {
                 let was = self.world.nodes.remove(&name).is_some();
                 self.world.forget_gone_nodes();
                 return was;
@@ -150,6 +157,7 @@ impl State {
             self.world.settle(now);
             self.decide_pods(now, &mut again);
             self.decide_jobs(now, &mut again);
+            self.decide_nodes(now, &mut again);
         }
         Decision { actions: std::mem::take(&mut self.actions), again }
     }

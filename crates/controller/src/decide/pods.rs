@@ -135,10 +135,10 @@ impl State {
         reference: &Reference,
         node: &str,
     ) -> impl Iterator<Item = &'a Job> {
-        let uid = self.world.nodes.get(node);
+        let uid = self.world.nodes.get(node).map(|facts| &*facts.uid);
         self.jobs_for_any(reference, node).filter(move |job| {
             *job.namespace == *namespace
-                && (job.status.node_uid.is_none() || job.status.node_uid.as_deref() == uid.map(AsRef::as_ref))
+                && (job.status.node_uid.is_none() || job.status.node_uid.as_deref() == uid)
         })
     }
 
@@ -174,7 +174,7 @@ impl State {
         let is_open = self
             .jobs_for(&pod.namespace, reference, &pod.node)
             .any(|job| job.is_open() && job.digest().is_none_or(|known| known == *digest));
-        if !is_open && !self.ask(entry, wait, reference, digest, now, again) {
+        if !is_open && !self.ask(entry, wait, reference, digest, sources, now, again) {
             return;
         }
         let place = if on_target {

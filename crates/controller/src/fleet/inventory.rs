@@ -2,6 +2,9 @@
 //!
 //! Images are interned: five thousand nodes that hold the same image share one entry.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -44,6 +47,8 @@ pub struct Node {
     pub platform: Platform,
     /// Why it cannot be a target at present; empty when it can.
     pub problem: String,
+    /// Whether its agent gets no answer from containerd: then nothing can be read there either.
+    pub runtime_down: bool,
     images: HashMap<Digest, Arc<Image>>,
 }
 
@@ -67,9 +72,20 @@ pub struct Inventory {
     /// By record name: what each node means by it.
     by_name: HashMap<Arc<str>, BTreeMap<NodeName, Digest>>,
     interned: HashSet<Arc<Image>>,
-    /// What nodes without a session last meant by names; these stand in `by_name` too. A node that is away for a
-    /// moment must not turn an ambiguous tag into a clear one.
-    last: HashMap<NodeName, Vec<Arc<str>>>,
+    /// What nodes without a session last told.
+    last: HashMap<NodeName, Last>,
+    /// By digest of target and of manifest, the nodes without a session that last held it complete.
+    away: HashMap<Digest, BTreeSet<NodeName>>,
+}
+
+/// What a node without a session last told.
+#[derive(Debug, Default)]
+struct Last {
+    /// What it meant by these names stands in `by_name` too. A node that is away for a moment must not turn an ambiguous
+    /// tag into a clear one.
+    records: Vec<Arc<str>>,
+    /// These stand in `away`.
+    digests: Vec<Digest>,
 }
 
 impl Image {
@@ -115,7 +131,17 @@ impl Inventory {
     pub fn up(&mut self, name: &NodeName, address: String, platform: Platform, problem: String) {
         self.down(name);
         self.forget(name);
-        self.nodes.insert(name.clone(), Node { address, platform, problem, images: HashMap::new() });
+        self.nodes.insert(
+            name.clone(),
+            Node { address, platform, problem, runtime_down: false, images: HashMap::new() },
+        );
+    }
+
+    /// Whether containerd answers the node's agent. Ignored for a node without a session.
+    pub fn set_runtime_down(&mut self, name: &NodeName, is_down: bool) {
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.runtime_down = is_down;
+        }
     }
 
     /// A node's session ended: what it holds is out of reach. What it means by names is remembered until it is back
@@ -123,7 +149,9 @@ impl Inventory {
     pub fn down(&mut self, name: &NodeName) {
         let Some(node) = self.nodes.remove(name) else { return };
         let mut meant = Vec::new();
+        let mut held = Vec::new();
         for image in node.images.into_values() {
+            held.extend(digests(&image).filter(|d| image.held(d, None) == Holder::Complete).cloned());
             for record in records(&image) {
                 if self.by_name.get(record).and_then(|meanings| meanings.get(name)) == Some(&image.target) {
                     meant.push((record.clone(), image.target.clone()));
@@ -134,7 +162,11 @@ impl Inventory {
         for (record, target) in &meant {
             self.by_name.entry(record.clone()).or_default().insert(name.clone(), target.clone());
         }
-        self.last.insert(name.clone(), meant.into_iter().map(|(record, _)| record).collect());
+        for digest in &held {
+            self.away.entry(digest.clone()).or_default().insert(name.clone());
+        }
+        let records = meant.into_iter().map(|(record, _)| record).collect();
+        self.last.insert(name.clone(), Last { records, digests: held });
     }
 
     /// Forgets what nodes without a session meant, but for those that there still are.
@@ -146,7 +178,16 @@ impl Inventory {
     }
 
     fn forget(&mut self, name: &NodeName) {
-        for record in self.last.remove(name).unwrap_or_default() {
+        let last = self.last.remove(name).unwrap_or_default();
+        for digest in &last.digests {
+            if let Some(nodes) = self.away.get_mut(digest) {
+                nodes.remove(name);
+                if nodes.is_empty() {
+                    self.away.remove(digest);
+                }
+            }
+        }
+        for record in last.records {
             if let Some(meanings) = self.by_name.get_mut(&record) {
                 meanings.remove(name);
                 if meanings.is_empty() {
@@ -240,12 +281,27 @@ impl Inventory {
         self.by_name.get(name).into_iter().flatten()
     }
 
+    /// The nodes that held `digest` complete, for whatever platform, when last heard of: their agent or their containerd
+    /// does not answer now.
+    pub fn away(&self, digest: &Digest) -> BTreeSet<NodeName> {
+        let mut away = self.away.get(digest).cloned().unwrap_or_default();
+        for (name, target) in self.by_digest.get(digest).into_iter().flatten() {
+            let node = self.nodes.get(name).filter(|node| node.runtime_down);
+            let image = node.and_then(|node| node.images.get(target));
+            if image.is_some_and(|image| image.held(digest, None) == Holder::Complete) {
+                away.insert(name.clone());
+            }
+        }
+        away
+    }
+
     /// How the nodes hold `digest` (of an index or a manifest), for a node of `platform`; if that is not
-    /// known, any platform will do.
+    /// known, any platform will do. Nodes whose containerd does not answer hold nothing that could be had.
     pub fn holders(&self, digest: &Digest, platform: Option<&Platform>) -> BTreeMap<NodeName, Holder> {
         let mut holders = BTreeMap::new();
         for (name, target) in self.by_digest.get(digest).into_iter().flatten() {
-            let Some(image) = self.nodes.get(name).and_then(|node| node.images.get(target)) else { continue };
+            let node = self.nodes.get(name).filter(|node| !node.runtime_down);
+            let Some(image) = node.and_then(|node| node.images.get(target)) else { continue };
             let held = image.held(digest, platform);
             holders.entry(name.clone()).and_modify(|known| *known = held.min(*known)).or_insert(held);
         }
@@ -294,100 +350,4 @@ fn digests(image: &Image) -> impl Iterator<Item = &Digest> {
 /// The records that bear a reference: CRI's own record of the config ID is none.
 fn records(image: &Image) -> impl Iterator<Item = &Arc<str>> {
     image.names.iter().filter(|name| !name.starts_with("sha256:"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn digest(n: u8) -> Digest {
-        Digest::sha256(&[n])
-    }
-
-    fn image(target: u8, names: &[&str], complete: bool) -> Image {
-        Image {
-            target: digest(target),
-            names: names.iter().map(|&n| n.into()).collect(),
-            manifests: vec![Manifest {
-                digest: digest(target + 100),
-                platform: Platform::new("linux", "amd64", ""),
-                complete,
-                created: 0,
-            }],
-        }
-    }
-
-    fn fleet(names: &[&str]) -> Inventory {
-        let mut inventory = Inventory::default();
-        for name in names {
-            let platform = Platform::new("linux", "amd64", "");
-            inventory.up(&(*name).into(), "10.0.0.1:9090".into(), platform, String::new());
-        }
-        inventory
-    }
-
-    #[test]
-    fn finds_by_target_and_by_manifest() {
-        let mut f = fleet(&["a", "b"]);
-        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
-        f.upsert(&"b".into(), image(1, &["r/x:1"], false));
-        let amd64 = Platform::new("linux", "amd64", "");
-        let arm64 = Platform::new("linux", "arm64", "");
-        for wanted in [digest(1), digest(101)] {
-            let held = f.holders(&wanted, Some(&amd64));
-            assert_eq!(held[&NodeName::from("a")], Holder::Complete);
-            assert_eq!(held[&NodeName::from("b")], Holder::Incomplete);
-            assert_eq!(f.holders(&wanted, Some(&arm64))[&NodeName::from("a")], Holder::OtherPlatform);
-        }
-        assert_eq!(f.present("a", "r/x:1"), Some(&digest(1)));
-        assert_eq!(f.present("b", "r/x:1"), None, "incomplete is not present");
-    }
-
-    #[test]
-    fn forgets_what_went() {
-        let mut f = fleet(&["a", "b"]);
-        for node in ["a", "b"] {
-            f.upsert(&node.into(), image(1, &["r/x:1", "sha256:abc"], true));
-        }
-        assert_eq!(f.images(), 1, "interned");
-        assert_eq!(f.meanings("sha256:abc").count(), 0, "a config ID is no name");
-        f.remove(&"a".into(), &digest(1));
-        assert_eq!(f.holders(&digest(1), None).len(), 1);
-        f.down(&"b".into());
-        assert_eq!(f.holders(&digest(1), None).len(), 0);
-        assert_eq!(f.meanings("r/x:1").count(), 1, "a node that is away still means it");
-        f.forget_all_but(|name| &**name == "b");
-        assert_eq!(f.meanings("r/x:1").count(), 1);
-        f.forget_all_but(|_| false);
-        assert_eq!(f.meanings("r/x:1").count(), 0, "a node that is gone does not");
-        assert_eq!((f.images(), f.nodes_up()), (0, 1));
-        assert!(f.by_digest.is_empty() && f.by_name.is_empty());
-    }
-
-    #[test]
-    fn a_name_that_moved_means_the_new_target_in_either_order() {
-        let mut f = fleet(&["a"]);
-        let a: NodeName = "a".into();
-        f.upsert(&a, image(1, &["r/x:1"], true));
-        f.upsert(&a, image(2, &["r/x:1"], true));
-        f.remove(&a, &digest(1));
-        let meaning: Vec<_> = f.meanings("r/x:1").collect();
-        assert_eq!(meaning, vec![(&a, &digest(2))]);
-    }
-
-    #[test]
-    fn a_node_that_comes_back_means_what_it_says_then() {
-        let mut f = fleet(&["a"]);
-        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
-        f.down(&"a".into());
-        f.up(&"a".into(), String::new(), Platform::new("linux", "amd64", ""), String::new());
-        assert_eq!(f.meanings("r/x:1").count(), 0);
-    }
-
-    #[test]
-    fn a_node_without_a_session_says_nothing() {
-        let mut f = fleet(&[]);
-        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
-        assert_eq!(f.images(), 0);
-    }
 }

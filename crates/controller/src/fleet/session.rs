@@ -64,6 +64,13 @@ pub enum FleetEvent {
         /// Targets without a record.
         removed: Vec<Digest>,
     },
+    /// Whether containerd answers the node's agent, when that changes; it does when a session begins.
+    Runtime {
+        /// The node.
+        node: NodeName,
+        /// Whether it does not answer.
+        is_down: bool,
+    },
     /// The session ended.
     Down {
         /// The node.
@@ -215,8 +222,8 @@ async fn session(endpoint: &Endpoint, shared: &Shared, up: &mut bool) -> Result<
             tokio::select! {
                 response = incoming.message() => {
                     let Some(response) = response? else { return Ok(()) };
-                    if let Some(Message::Delta(delta)) = response.message {
-                        let _ = shared.events.send(event_of(&endpoint.node, &delta)).await;
+                    if let Some(event) = response.message.and_then(|said| event_of(&endpoint.node, &said)) {
+                        let _ = shared.events.send(event).await;
                     }
                 }
                 changed = async { changed.await.is_ok() }, if !is_noticed => {
@@ -238,11 +245,16 @@ async fn session(endpoint: &Endpoint, shared: &Shared, up: &mut bool) -> Result<
     }
 }
 
-fn event_of(node: &NodeName, delta: &v1::InventoryDelta) -> FleetEvent {
-    FleetEvent::Delta {
-        node: node.clone(),
-        upserted: delta.upserted.iter().filter_map(Image::from_wire).collect(),
-        removed: delta.removed.iter().filter_map(|digest| digest.parse().ok()).collect(),
+fn event_of(node: &NodeName, said: &Message) -> Option<FleetEvent> {
+    let node = node.clone();
+    match said {
+        Message::Delta(delta) => Some(FleetEvent::Delta {
+            node,
+            upserted: delta.upserted.iter().filter_map(Image::from_wire).collect(),
+            removed: delta.removed.iter().filter_map(|digest| digest.parse().ok()).collect(),
+        }),
+        Message::Runtime(runtime) => Some(FleetEvent::Runtime { node, is_down: runtime.down }),
+        Message::Welcome(_) | Message::Snapshot(_) => None,
     }
 }
 

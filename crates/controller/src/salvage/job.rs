@@ -3,6 +3,7 @@
 //! The controller alone writes status: once it has seen a job, its own copy is the truth, and what a watch
 //! brings of status is an echo.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -10,6 +11,9 @@ use tote_api::{Phase, SalvageJobSpec, SalvageJobStatus};
 use tote_image::{Digest, Reference};
 
 use crate::fleet::NodeName;
+
+/// The most sources of a failed job that are remembered.
+pub const MAX_HELD_BY: usize = 64;
 
 /// A job and its transfer.
 #[derive(Clone, Debug)]
@@ -43,6 +47,10 @@ pub struct Job {
     pub confirmed: bool,
     /// Broken streams in a row.
     pub lost: u32,
+    /// The sources of its failed attempts: the next one asks others first.
+    pub tried: BTreeSet<NodeName>,
+    /// The nodes that held its image when it failed; not known of a job that failed under an earlier controller.
+    pub held_by: Option<BTreeSet<NodeName>>,
 }
 
 /// What a job asks for.
@@ -126,6 +134,8 @@ impl Job {
             run: Run::Idle,
             confirmed: false,
             lost: 0,
+            tried: BTreeSet::new(),
+            held_by: None,
         }
     }
 
@@ -163,6 +173,16 @@ impl Job {
     /// Whether it is for this image on this node.
     pub fn is_for(&self, reference: &Reference, node: &str) -> bool {
         self.spec.node_name == node && self.wanted.as_ref().is_ok_and(|wanted| wanted.reference == *reference)
+    }
+
+    /// Whether one of the nodes that hold its image now did not when it failed.
+    pub fn has_new_source(&self, sources: &[NodeName]) -> bool {
+        // With so many that are known one more makes no difference.
+        sources.len() <= MAX_HELD_BY
+            && sources.iter().any(|source| match &self.held_by {
+                Some(known) => !known.contains(source),
+                None => !self.status.source_nodes.iter().any(|known| **known == **source),
+            })
     }
 
     /// Opaque name of the transfer, for the agent: the same for every attempt, so that what a failed one got
@@ -216,7 +236,7 @@ mod tests {
             base_name("shop", &r("x:2"), &one, "u"),
             base_name("work", &r("x"), &one, "u"),
         ];
-        let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+        let distinct: BTreeSet<_> = names.iter().collect();
         assert_eq!(distinct.len(), names.len());
         assert_eq!(names[0], base_name("shop", &r("docker.io/library/x:latest"), &one, "u"));
         assert_eq!(counter(&format!("{base}-12"), &base), Some(12));

@@ -5,8 +5,9 @@ mod job;
 mod plan;
 mod schedule;
 pub mod status;
+mod target;
 
-pub use job::{Job, Progress, Run, Source, Wanted, base_name, counter};
+pub use job::{Job, MAX_HELD_BY, Progress, Run, Source, Wanted, base_name, counter};
 pub use plan::{Plan, Step, plan};
 pub use schedule::{Assignment, Demand, Limits, MAX_SOURCES, Turn, schedule};
 

@@ -97,32 +97,8 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
         Ok(wanted) => wanted,
         Err(message) => return Step::Fail { reason: "InvalidImage", message: message.clone() },
     };
-    let node = &*job.spec.node_name;
-    match world.nodes.get(node) {
-        None => {
-            let message = match job.status.node_uid {
-                None => format!("there is no node {node}: the job waits for one of that name"),
-                Some(_) => {
-                    format!("node {node} is gone; one that comes under its name needs a new SalvageJob")
-                }
-            };
-            return wait("NodeNotFound", message);
-        }
-        Some(uid) if job.status.node_uid.as_ref().is_some_and(|known| **known != **uid) => {
-            return Step::Fail {
-                reason: "NodeReplaced",
-                message: format!(
-                    "node {node} is not the one that the job was made for: make a new SalvageJob"
-                ),
-            };
-        }
-        Some(_) => {}
-    }
-    let Some(target) = world.fleet.node(node) else {
-        return wait("TargetUnavailable", format!("the agent on node {node} does not answer"));
-    };
-    if !target.problem.is_empty() {
-        return wait("TargetNotUsable", format!("node {node} cannot take images: {}", target.problem));
+    if let Some(step) = super::target::unfit(job, world) {
+        return step;
     }
     if let Run::BackOff { until, .. } = &job.run
         && now < *until
@@ -139,7 +115,7 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
     }
 }
 
-fn wait(reason: &'static str, message: String) -> Step {
+pub(super) fn wait(reason: &'static str, message: String) -> Step {
     Step::Wait { reason, message, cancel: false }
 }
 
@@ -255,19 +231,34 @@ fn look(
             };
             Ok((digest, why, sources))
         }
-        Resolution::Missing(Missing::Nowhere { digest }) if only.is_some() => {
-            let (source, image) = (only.unwrap_or_default(), &job.spec.image);
-            let digest = digest.map(|digest| format!(" ({digest})")).unwrap_or_default();
-            Err(if world.fleet.is_up(source) {
-                wait("NoSource", format!("node {source} (spec.sourceNodeName) does not hold {image}{digest}"))
-            } else {
-                wait(
-                    "SourceUnavailable",
-                    format!("the agent on node {source} (spec.sourceNodeName) does not answer"),
-                )
-            })
+        Resolution::Missing(missing) => Err(match only {
+            Some(only) => from_only(only, &missing, &job.spec.image, world),
+            None => wait(missing.reason(), missing.message(&job.spec.image)),
+        }),
+    }
+}
+
+/// What a job waits for whose one source (`spec.sourceNodeName`) does not have it.
+fn from_only(source: &str, missing: &Missing, image: &str, world: &World) -> Step {
+    if !world.nodes.contains_key(source) {
+        return wait(
+            "SourceNotFound",
+            format!("there is no node {source} (spec.sourceNodeName): make a SalvageJob without it"),
+        );
+    }
+    if !world.fleet.is_up(source) || world.is_runtime_down(source) {
+        let who = if world.is_runtime_down(source) { "container runtime" } else { "agent" };
+        return wait(
+            "SourceUnavailable",
+            format!("the {who} on node {source} (spec.sourceNodeName) does not answer"),
+        );
+    }
+    match missing {
+        Missing::Nowhere { digest } => {
+            let digest = digest.as_ref().map(|digest| format!(" ({digest})")).unwrap_or_default();
+            wait("NoSource", format!("node {source} (spec.sourceNodeName) does not hold {image}{digest}"))
         }
-        Resolution::Missing(missing) => Err(wait(missing.reason(), missing.message(&job.spec.image))),
+        other => wait(other.reason(), other.message(image)),
     }
 }
 

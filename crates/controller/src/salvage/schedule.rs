@@ -1,6 +1,6 @@
 //! Whose turn it is: slots are a matter of the whole fleet, not of one job.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use jiff::Timestamp;
 use tote_image::Digest;
@@ -14,8 +14,8 @@ pub const MAX_SOURCES: usize = 4;
 /// Bounds of what runs at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Transfers of the whole fleet.
-    pub fleet: usize,
+    /// Transfers of the whole cluster.
+    pub cluster: usize,
     /// Transfers to one node.
     pub target: usize,
     /// Transfers that have one node among their sources.
@@ -33,6 +33,8 @@ pub struct Demand {
     pub node: NodeName,
     /// Where it is to be had; empty if nothing needs to be moved.
     pub sources: Vec<Source>,
+    /// Sources that had better be used after others; the higher, the later. 0 for one that is not named.
+    pub reluctance: BTreeMap<NodeName, u8>,
     /// Whether the target's agent may be at it already: it goes first, whatever its priority.
     pub begun: bool,
     /// Higher goes first.
@@ -85,8 +87,8 @@ pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> V
     let mut turns = vec![Turn::Queued("a free slot"); demands.len()];
     for index in order {
         let demand = &demands[index];
-        if total >= limits.fleet {
-            continue; // Priority is strict: nobody smaller overtakes for a slot of the fleet.
+        if total >= limits.cluster {
+            continue; // Priority is strict: nobody smaller overtakes for a slot of the cluster.
         }
         if moving.iter().any(|(digest, node)| *digest == demand.digest && *node == demand.node) {
             turns[index] = Turn::Queued("the same image that is being moved to this node for another job");
@@ -103,7 +105,8 @@ pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> V
             turns[index] = Turn::Queued("a source that is less busy");
             continue;
         }
-        free.sort_by_key(|source| (load(source), source.node.clone()));
+        let reluctance = |source: &Source| demand.reluctance.get(&source.node).copied().unwrap_or(0);
+        free.sort_by_key(|source| (reluctance(source), load(source), source.node.clone()));
         free.truncate(MAX_SOURCES);
         total += 1;
         *targets.entry(demand.node.clone()).or_default() += 1;
@@ -120,7 +123,7 @@ pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> V
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { fleet: 3, target: 2, source: 2 };
+    const LIMITS: Limits = Limits { cluster: 3, target: 2, source: 2 };
 
     fn source(node: &str) -> Source {
         Source { node: node.into(), address: format!("{node}:9090") }
@@ -132,6 +135,7 @@ mod tests {
             digest: Digest::sha256(&[digest]),
             node: node.into(),
             sources: sources.iter().map(|s| source(s)).collect(),
+            reluctance: BTreeMap::new(),
             begun: false,
             priority: 0,
             since: Timestamp::UNIX_EPOCH,
@@ -143,8 +147,8 @@ mod tests {
     }
 
     #[test]
-    fn priority_then_age_then_name_within_the_fleets_bound() {
-        let limits = Limits { fleet: 2, ..LIMITS };
+    fn priority_then_age_then_name_within_the_clusters_bound() {
+        let limits = Limits { cluster: 2, ..LIMITS };
         let mut demands: Vec<Demand> =
             [("a", 1), ("b", 2), ("c", 3), ("d", 4)].map(|(o, d)| demand(o, d, o, &["s", "t"])).into();
         demands[0].since = Timestamp::from_second(9).unwrap();
@@ -181,5 +185,30 @@ mod tests {
         let wide = demand("x", 1, "n", &["a", "b", "c", "d", "e", "f"]);
         let turns = schedule(&[wide], &[busy], LIMITS);
         assert_eq!(turns, [Turn::Start(["b", "c", "d", "e"].map(source).into())]);
+    }
+    #[test]
+    fn a_source_to_be_spared_is_given_after_busier_ones_and_alone_all_the_same() {
+        let busy = Assignment { digest: Digest::sha256(&[9]), node: "z".into(), sources: vec![source("a")] };
+        let mut wide = demand("x", 1, "n", &["a", "b", "c"]);
+        wide.reluctance = [("b".into(), 2), ("c".into(), 1)].into();
+        let turns = schedule(&[wide.clone()], &[busy], LIMITS);
+        assert_eq!(turns, [Turn::Start(["a", "c", "b"].map(source).into())]);
+        wide.sources = vec![source("b")];
+        assert_eq!(schedule(&[wide], &[], LIMITS), [Turn::Start(vec![source("b")])]);
+    }
+
+    #[test]
+    fn one_that_waits_for_its_node_or_a_source_keeps_nobody_else_waiting() {
+        let full = [1, 2].map(|d| Assignment {
+            digest: Digest::sha256(&[d]),
+            node: "n".into(),
+            sources: vec![source("s")],
+        });
+        let limits = Limits { cluster: 10, ..LIMITS };
+        let mut to_full = demand("a", 3, "n", &["t"]);
+        let mut from_full = demand("b", 4, "m", &["s"]);
+        (to_full.priority, from_full.priority) = (9, 9);
+        let demands = [to_full, from_full, demand("c", 5, "m", &["t"])];
+        assert_eq!(started(&schedule(&demands, &full, limits)), [false, false, true]);
     }
 }

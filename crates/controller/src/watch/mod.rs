@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
-use k8s_openapi::api::core::v1::{Namespace, Node};
+use k8s_openapi::api::core::v1::Namespace;
 use kube::api::PartialObjectMeta;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
@@ -26,16 +26,18 @@ use crate::detect::consent;
 pub use agents::agents;
 pub use owners::owners;
 pub use pods::pods;
+pub(crate) use pods::slim_metadata;
 
 /// What an object means: the key it is listed under, the events, and whether there is anything to keep.
-struct Meaning {
+pub(crate) struct Meaning {
     key: Arc<str>,
     events: Vec<Event>,
     keep: bool,
 }
 
 impl Meaning {
-    fn new(key: Arc<str>, event: Event) -> Option<Self> {
+    /// An object that is kept, and means one event.
+    pub(crate) fn new(key: Arc<str>, event: Event) -> Option<Self> {
         Some(Self { key, events: vec![event], keep: true })
     }
 }
@@ -55,17 +57,6 @@ pub async fn namespaces(client: Client, events: mpsc::Sender<Event>) {
     .await;
 }
 
-/// Watches which nodes there are.
-pub async fn nodes(client: Client, events: mpsc::Sender<Event>) {
-    let api: Api<PartialObjectMeta<Node>> = Api::all(client);
-    follow(api, watcher::Config::default(), None, Kind::Nodes, events, |node, gone| {
-        let key: Arc<str> = node.metadata.name.as_deref()?.into();
-        let uid = if gone { None } else { node.metadata.uid.as_deref().map(Into::into) };
-        Meaning::new(key.clone(), Event::Node { name: key, uid })
-    })
-    .await;
-}
-
 /// Watches jobs.
 pub async fn jobs(client: Client, events: mpsc::Sender<Event>) {
     let api: Api<SalvageJob> = Api::all(client);
@@ -80,7 +71,7 @@ pub async fn jobs(client: Client, events: mpsc::Sender<Event>) {
 
 /// Follows a kind. If its first list does not come within `patience`, the state is told to do without, and has what
 /// comes later.
-async fn follow<K, F>(
+pub(crate) async fn follow<K, F>(
     api: Api<K>,
     config: watcher::Config,
     patience: Option<Duration>,

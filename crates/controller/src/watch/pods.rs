@@ -103,7 +103,7 @@ struct SlimWaiting {
 struct SlimRunning {}
 
 /// Metadata without managed fields and labels, and of the owners only the controller.
-fn slim_metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+pub(crate) fn slim_metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Slim {

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tote_controller::decide::{Event, TransferEvent};
 use tote_controller::fleet::{Agents, FleetEvent, Grants};
 use tote_controller::transfer;
-use tote_rpc::v1::{self, import_event};
+use tote_rpc::v1::{self, import_event, session_response::Message};
 
 use played::{DEADLINE, Played, bench, client_of, digest, image, serve};
 
@@ -35,7 +35,7 @@ async fn a_session_tells_the_inventory_and_what_changes_and_is_taken_up_again() 
     assert!(heard.contains("\"lease\"") && heard.contains("lease_transitions: 7"), "{heard}");
 
     let delta = v1::InventoryDelta { upserted: vec![image(2)], removed: vec![digest(1), "nonsense".into()] };
-    played.deltas.send(delta).unwrap();
+    played.says.send(Message::Delta(delta)).unwrap();
     let delta = bench.next().await;
     let FleetEvent::Delta { upserted, removed, .. } = delta else { panic!("{delta:?}") };
     assert_eq!(
@@ -43,6 +43,11 @@ async fn a_session_tells_the_inventory_and_what_changes_and_is_taken_up_again() 
         (digest(2), 1),
         "what is malformed is left out"
     );
+    for down in [true, false] {
+        played.says.send(Message::Runtime(v1::Runtime { down })).unwrap();
+        let heard = bench.next().await;
+        assert!(matches!(heard, FleetEvent::Runtime { is_down, .. } if is_down == down), "{heard:?}");
+    }
 
     stop.cancel();
     assert!(matches!(bench.next().await, FleetEvent::Down { node } if &*node == "a"));

@@ -27,7 +27,8 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 pub struct Played {
     pub node: &'static str,
     pub images: Vec<v1::Image>,
-    pub deltas: broadcast::Sender<v1::InventoryDelta>,
+    /// What it says after its inventory.
+    pub says: broadcast::Sender<Message>,
     pub import: Result<Vec<import_event::Event>, tonic::Code>,
     pub grant: Result<(), tonic::Code>,
     /// Whether an import never ends.
@@ -43,7 +44,7 @@ impl Played {
         Self {
             node,
             images: vec![image(1)],
-            deltas: broadcast::channel(16).0,
+            says: broadcast::channel(16).0,
             import: Ok(vec![]),
             grant: Ok(()),
             hang: false,
@@ -104,10 +105,9 @@ impl Agent for Played {
             .collect();
         parts.insert(0, message(Message::Welcome(welcome)));
         parts.push(message(Message::Snapshot(v1::InventorySnapshot { images: vec![], last: true })));
-        let deltas = BroadcastStream::new(self.deltas.subscribe());
-        let deltas = deltas.map(|delta| message(Message::Delta(delta.unwrap())));
+        let says = BroadcastStream::new(self.says.subscribe()).map(|said| message(said.unwrap()));
         Ok(Response::new(
-            stream::iter(parts).chain(deltas).take_until(self.stop.clone().cancelled_owned()).boxed(),
+            stream::iter(parts).chain(says).take_until(self.stop.clone().cancelled_owned()).boxed(),
         ))
     }
 

@@ -1,6 +1,7 @@
 //! What is known, and when it is enough: first lists, agents that go and come, a new leader.
 
 use super::*;
+use crate::nodes::Kubelet;
 
 #[test]
 fn what_changes_nothing_asks_for_no_decision() {
@@ -8,8 +9,18 @@ fn what_changes_nothing_asks_for_no_decision() {
     let now = bench.now;
     let mut news = |event: Event| bench.state.apply(event, now);
     assert!(!news(Event::Pod { uid: "unknown".into(), waiting: None }));
-    assert!(!news(Event::Node { name: "a".into(), uid: Some("uid-a".into()) }));
-    assert!(news(Event::Node { name: "a".into(), uid: Some("uid-other".into()) }));
+    let node = |facts: NodeFacts| Event::Node { name: "a".into(), facts: Some(facts) };
+    assert!(!news(node(NodeFacts::ready("uid-a"))));
+    assert!(news(node(NodeFacts::ready("uid-other"))));
+    let down = |message: &str| NodeFacts {
+        kubelet: Kubelet::RuntimeDown,
+        message: message.into(),
+        ..NodeFacts::ready("uid-other")
+    };
+    assert!(news(node(down("container runtime is down, last seen 3m ago"))));
+    assert!(!news(node(down("container runtime is down, last seen 4m ago"))), "kubelet counts the time");
+    assert!(news(node(NodeFacts { cordoned: true, ..down("") })));
+    assert!(news(node(NodeFacts { disk_pressure: true, cordoned: true, ..down("") })));
     assert!(!news(Event::Namespace { name: "shop".into(), consent: Some(Consent::Given) }));
     assert!(news(Event::Namespace { name: "shop".into(), consent: Some(Consent::NotGiven) }));
 }
@@ -39,7 +50,7 @@ fn a_tag_of_two_meanings_stays_one_while_a_node_is_away() {
     bench.on(Event::Fleet(FleetEvent::Expected(["a".into()].into())));
     bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
     assert_eq!(imports(&bench.decide()).len(), 0, "the agent on c is away for a moment");
-    bench.on(Event::Node { name: "c".into(), uid: None });
+    bench.on(Event::Node { name: "c".into(), facts: None });
     assert_eq!(imports(&bench.decide()).len(), 1, "c is gone");
 }
 
@@ -243,7 +254,7 @@ fn a_leader_does_not_take_a_tag_for_agreed_while_an_agent_is_between_two_pods() 
 #[test]
 fn a_leader_that_starts_leaves_the_slots_to_what_runs() {
     let mut bench = Bench::cold(true);
-    bench.state.policy.limits.fleet = 1;
+    bench.state.policy.limits.cluster = 1;
     bench.on(Event::Job(begun("Transferring", 1)));
     bench.job("queued", json!({"image": "r.test/y:1", "digest": digest(2).as_str(), "nodeName": "c"}), false);
     for kind in Kind::ALL {
@@ -261,7 +272,7 @@ fn a_leader_that_starts_leaves_the_slots_to_what_runs() {
 #[test]
 fn a_stream_that_breaks_keeps_its_slot() {
     let mut bench = Bench::new();
-    bench.state.policy.limits.fleet = 1;
+    bench.state.policy.limits.cluster = 1;
     bench.up("a", vec![image(1, &["r.test/x:1"], true), image(2, &["r.test/y:1"], true)]);
     let uid = bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
     assert_eq!(imports(&bench.decide()).len(), 1);

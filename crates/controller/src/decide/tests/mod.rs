@@ -2,6 +2,7 @@
 
 mod jobs;
 mod known;
+mod nodes;
 mod owners;
 mod pods;
 
@@ -12,6 +13,7 @@ use tote_image::{Digest, Platform};
 use super::*;
 use crate::detect::{Consent, Wait};
 use crate::fleet::{FleetEvent, Image, Manifest};
+use crate::nodes::NodeFacts;
 use crate::salvage::{Progress, after};
 
 struct Bench {
@@ -69,7 +71,7 @@ impl Bench {
     }
 
     fn with_policy(edit: impl Fn(&mut Policy)) -> Self {
-        let limits = Limits { fleet: 2, target: 2, source: 2 };
+        let limits = Limits { cluster: 2, target: 2, source: 2 };
         let mut policy = Policy { enabled: true, images: Images::default(), limits, tags: TagPolicy::Refuse };
         edit(&mut policy);
         let state = State::new(policy);
@@ -80,9 +82,15 @@ impl Bench {
             bench.on(Event::Namespace { name: name.into(), consent: Some(says) });
         }
         for node in ["a", "b", "c"] {
-            bench.on(Event::Node { name: node.into(), uid: Some(format!("uid-{node}").into()) });
+            bench.node(node, |_| {});
         }
         bench
+    }
+
+    fn node(&mut self, name: &str, edit: impl Fn(&mut NodeFacts)) {
+        let mut facts = NodeFacts::ready(&format!("uid-{name}"));
+        edit(&mut facts);
+        self.on(Event::Node { name: name.into(), facts: Some(facts) });
     }
 
     fn on(&mut self, event: Event) {
