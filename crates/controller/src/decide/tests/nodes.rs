@@ -369,8 +369,8 @@ fn a_runtime_that_is_down_is_told_on_the_node_once_for_each_outage() {
     let [(node, reason, words)] = &told[..] else { panic!("{told:?}") };
     assert_eq!((node.as_str(), reason.as_str()), ("b", names::event::RUNTIME_DOWN));
     assert!(
-        note.contains("no answer from containerd") && note.contains("salvages elsewhere go on"),
-        "{note}"
+        words.contains("no answer from containerd") && words.contains("salvages elsewhere go on"),
+        "{words}"
     );
     down(&mut bench, "c");
     bench.decide();
