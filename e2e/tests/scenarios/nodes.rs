@@ -134,13 +134,13 @@ async fn without_agent<F: Future<Output = Result<()>>>(play: &Play, node: &str, 
 
 async fn target_agent_away(play: Play) -> Result<()> {
     let image = on_source(&play).await?;
-    without_agent(&play, "n3", async {
+    let seen = Box::pin(async {
         declare(&play, "away", &image, "n3").await?;
         let message = until(&play.tenant, "away", Phase::Pending, "TargetUnavailable").await?;
         ensure!(message.contains("the agent on node n3"), "{message}");
         others_go_on(&play, &image, "n2").await
-    })
-    .await?;
+    });
+    without_agent(&play, "n3", seen).await?;
     until(&play.tenant, "away", Phase::Imported, "Imported").await.map(drop)
 }
 
@@ -151,13 +151,13 @@ async fn source_agent_away(play: Play) -> Result<()> {
     let (_, elsewhere) = play.push_as(&elsewhere, "elsewhere").await?;
     play.pull_on("elsewhere", "n3", &elsewhere).await?;
     play.registry.stop()?;
-    without_agent(&play, "n1", async {
+    let seen = Box::pin(async {
         declare(&play, "away", &image, "n2").await?;
         let message = until(&play.tenant, "away", Phase::Pending, "SourceUnavailable").await?;
         ensure!(message.contains("n1 did when last heard of"), "{message}");
         others_go_on(&play, &elsewhere, "n2").await
-    })
-    .await?;
+    });
+    without_agent(&play, "n1", seen).await?;
     until(&play.tenant, "away", Phase::Imported, "Imported").await.map(drop)
 }
 

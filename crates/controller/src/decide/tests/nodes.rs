@@ -18,8 +18,10 @@ fn runtime(bench: &mut Bench, node: &str, is_down: bool) {
     bench.on(Event::Fleet(FleetEvent::Runtime { node: node.into(), is_down }));
 }
 
+type Happens = fn(&mut Bench);
+
 /// What happens; whether detection made the job; its phase and reason then, and words of the message.
-type Row = (&'static str, fn(&mut Bench), bool, Phase, &'static str, &'static [&'static str]);
+type Row = (&'static str, Happens, bool, Phase, &'static str, &'static [&'static str]);
 
 const ROWS: &[Row] = &[
     (
@@ -166,7 +168,7 @@ fn each_state_of_a_node_has_a_reason_of_its_own_and_other_jobs_go_on() {
 
 #[test]
 fn a_job_whose_node_waits_goes_on_when_that_ends() {
-    let ends: [(fn(&mut Bench), fn(&mut Bench)); 4] = [
+    let ends: [(Happens, Happens); 4] = [
         (|b| b.node("b", |n| n.cordoned = true), |b| b.node("b", |_| {})),
         (|b| b.node("b", |n| n.disk_pressure = true), |b| b.node("b", |_| {})),
         (|b| runtime(b, "b", true), |b| runtime(b, "b", false)),
@@ -317,10 +319,10 @@ fn a_sandbox_image_that_is_missing_is_told_on_the_node_once_an_hour() {
     bench.up("c", vec![image(7, &[PAUSE], true)]);
     assert!(no_sandbox(&mut bench, "b"));
     let told = of_nodes(&bench.decide());
-    let [(node, reason, note)] = &told[..] else { panic!("{told:?}") };
+    let [(node, reason, words)] = &told[..] else { panic!("{told:?}") };
     assert_eq!((node.as_str(), reason.as_str()), ("b", names::event::SANDBOX_IMAGE_MISSING));
     for word in [PAUSE, "It is on c", "nodeName b", "io.cri-containerd.pinned=pinned"] {
-        assert!(note.contains(word), "{note}");
+        assert!(words.contains(word), "{words}");
     }
     for _ in 0..59 {
         bench.now = after(bench.now, 60);
@@ -364,11 +366,11 @@ fn a_runtime_that_is_down_is_told_on_the_node_once_for_each_outage() {
     bench.node("c", |n| (n.kubelet, n.message) = (Kubelet::RuntimeDown, "container runtime is down".into()));
     assert_eq!(of_nodes(&bench.decide()), [], "one that is restarted is back in a moment");
     let told = of_nodes(&bench.pass(10));
-    let [(node, reason, note)] = &told[..] else { panic!("{told:?}") };
+    let [(node, reason, words)] = &told[..] else { panic!("{told:?}") };
     assert_eq!((node.as_str(), reason.as_str()), ("b", names::event::RUNTIME_DOWN));
     assert!(
-        note.contains("no answer from containerd") && note.contains("salvages elsewhere go on"),
-        "{note}"
+        words.contains("no answer from containerd") && words.contains("salvages elsewhere go on"),
+        "{words}"
     );
     down(&mut bench, "c");
     bench.decide();
