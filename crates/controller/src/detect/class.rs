@@ -78,9 +78,10 @@ classes! {
     NoCredentials, Policy,
         "check the image's name; if the repository is private, add a pull secret for its registry to the pod or its \
          service account";
-    /// The registry does not accept the credentials.
+    /// The registry does not accept the credentials (containerd 1.6 says the same if there are none).
     BadCredentials, Policy,
-        "renew the pull secret: the password is wrong, or the token has expired (cloud registries' tokens last hours)";
+        "check the pull secret: it is missing, its password is wrong, or its token has expired (those of cloud \
+         registries last hours)";
     /// The registry knows who asks, and says no.
     Denied, Policy,
         "grant the account the right to pull from the repository, and check the registry's quota and its list of \
