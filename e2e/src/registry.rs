@@ -57,6 +57,12 @@ pub enum Effect {
     Throttle(u64),
     /// Closes the connection after so many bytes of the body.
     Cut(u64),
+    /// Sends a body of the right length whose every bit is wrong.
+    Corrupt,
+    /// Answers 401 and asks for a password (`WWW-Authenticate: Basic`).
+    AskPassword,
+    /// Answers 401 and asks for a token, to be had at this registry's `/token` (`WWW-Authenticate: Bearer`).
+    AskToken,
 }
 
 /// A request that reached the proxy.

@@ -276,9 +276,18 @@ async fn answer(state: &State, socket: &Path, request: hyper::Request<Incoming>)
     let path = request.uri().to_string();
     let seen = state.remember(request.method().as_str(), &path);
     let effect = state.admit(&path).await;
-    if let Some(Effect::Status(status)) = effect {
+    let host = request.headers().get("Host").and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let refused = match effect {
+        Some(Effect::Status(status)) => Some((status, None)),
+        Some(Effect::AskPassword) => Some((401, Some("Basic realm=\"test\"".to_owned()))),
+        Some(Effect::AskToken) => {
+            Some((401, Some(format!("Bearer realm=\"http://{host}/token\",service=\"test\""))))
+        }
+        _ => None,
+    };
+    if let Some((status, challenge)) = refused {
         seen.status.store(status, Ordering::Relaxed);
-        return refusal(status);
+        return refusal(status, challenge.as_deref());
     }
     let response = upstream::send(socket, request).await?;
     seen.status.store(response.status().as_u16(), Ordering::Relaxed);
@@ -287,14 +296,15 @@ async fn answer(state: &State, socket: &Path, request: hyper::Request<Incoming>)
     Ok(Response::from_parts(parts, StreamBody::new(stream::try_unfold(flow, Flow::next)).boxed_unsync()))
 }
 
-fn refusal(status: u16) -> Result<Response<Body>> {
+fn refusal(status: u16, challenge: Option<&str>) -> Result<Response<Body>> {
     let status = StatusCode::from_u16(status).with_context(|| format!("{status} is no HTTP status"))?;
     let reason = status.canonical_reason().unwrap_or("injected").to_uppercase().replace(' ', "_");
     let document = serde_json::json!({"errors": [{"code": reason, "message": "injected by the test"}]});
-    Ok(Response::builder()
-        .status(status)
-        .header("Content-Type", "application/json")
-        .body(Full::new(Bytes::from(document.to_string())).map_err(|e| match e {}).boxed_unsync())?)
+    let mut response = Response::builder().status(status).header("Content-Type", "application/json");
+    if let Some(challenge) = challenge {
+        response = response.header("WWW-Authenticate", challenge);
+    }
+    Ok(response.body(Full::new(Bytes::from(document.to_string())).map_err(|e| match e {}).boxed_unsync())?)
 }
 
 /// A body on its way to the client.
@@ -335,9 +345,12 @@ impl Flow {
                 }
                 length = length.min(usize::try_from(left).unwrap_or(usize::MAX));
             }
-            Some(Effect::Status(_) | Effect::Hang) | None => {}
+            _ => {}
         }
-        let data = self.rest.split_to(length);
+        let mut data = self.rest.split_to(length);
+        if self.effect == Some(Effect::Corrupt) {
+            data = data.iter().map(|byte| !byte).collect();
+        }
         self.seen.bytes.fetch_add(length as u64, Ordering::Relaxed);
         Ok(Some((Frame::data(data), self)))
     }

@@ -78,9 +78,10 @@ classes! {
     NoCredentials, Policy,
         "check the image's name; if the repository is private, add a pull secret for its registry to the pod or its \
          service account";
-    /// The registry does not accept the credentials.
+    /// The registry does not accept the credentials (containerd 1.6 says the same if there are none).
     BadCredentials, Policy,
-        "renew the pull secret: the password is wrong, or the token has expired (cloud registries' tokens last hours)";
+        "check the pull secret: it is missing, its password is wrong, or its token has expired (those of cloud \
+         registries last hours)";
     /// The registry knows who asks, and says no.
     Denied, Policy,
         "grant the account the right to pull from the repository, and check the registry's quota and its list of \
@@ -217,8 +218,8 @@ pub fn classify(evidence: &Evidence<'_>) -> Class {
 
 /// Whether a message is nothing but `Back-off pulling image "x"`, or nothing at all.
 fn forgetful(message: &str) -> bool {
-    message.is_empty()
-        || message.strip_prefix("Back-off pulling image \"").is_some_and(|rest| rest.ends_with('"'))
+    let image = message.strip_prefix("Back-off pulling image \"").and_then(|rest| rest.strip_suffix('"'));
+    message.is_empty() || image.is_some_and(|image| !image.contains('"'))
 }
 
 /// Whether the request that failed went to another host than the image's registry. Token servers and stores of blobs are

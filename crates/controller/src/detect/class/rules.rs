@@ -1,7 +1,7 @@
 //! The messages of each class: an ordered table, of which the first rule that matches decides.
 //!
-//! Order: what a person or a policy has decided, then the node's own state, then how far the request came: not out of the
-//! node, not to the registry, an answer, a body, a store. Text that only wraps another error comes last.
+//! Order: what a person or a policy has decided, the node's own state, the image's form, then how far the request came: not
+//! to the registry, an answer, a body. Text that only wraps another error comes last.
 
 use super::Class;
 
@@ -14,6 +14,8 @@ enum At {
     Pull,
     /// While a container was made or started of an image that was there.
     Create,
+    /// Either.
+    Any,
     /// While a pod's sandbox was made.
     Sandbox,
 }
@@ -33,6 +35,7 @@ impl Rule {
             At::Reason(wanted) => reason == wanted,
             At::Pull => is_pull(reason, text),
             At::Create => CREATE.contains(&reason),
+            At::Any => is_pull(reason, text) || CREATE.contains(&reason),
             At::Sandbox => reason == "FailedCreatePodSandBox",
         };
         here && self.needles.iter().all(|needle| text.contains(needle))
@@ -74,6 +77,14 @@ const fn create(class: Class, needles: &'static [&'static str]) -> Rule {
     Rule { class, at: At::Create, needles }
 }
 
+const fn any(class: Class, needles: &'static [&'static str]) -> Rule {
+    Rule { class, at: At::Any, needles }
+}
+
+const fn sandbox(class: Class, needles: &'static [&'static str]) -> Rule {
+    Rule { class, at: At::Sandbox, needles }
+}
+
 /// The first that matches decides.
 pub(super) static RULES: &[Rule] = &[
     // Decided by a person or a policy.
@@ -85,25 +96,29 @@ pub(super) static RULES: &[Rule] = &[
     pull(Class::Signature, &["SignatureValidationFailed: "]),
     pull(Class::Signature, &["image verifier ", " blocked pull of "]),
     pull(Class::Signature, &["Source image rejected: "]),
-    pull(Class::InvalidReference, &["couldn't parse image "]),
-    pull(Class::InvalidReference, &["failed to parse image reference "]),
-    pull(Class::InvalidReference, &["short-name ", " did not resolve "]),
+    any(Class::InvalidReference, &["couldn't parse image "]),
+    any(Class::InvalidReference, &["failed to parse image reference "]),
+    any(Class::InvalidReference, &["short-name ", " did not resolve "]),
     pull(Class::KubeletThrottle, &["pull QPS exceeded"]),
     // The node itself.
     reason(Class::RuntimeDown, "NodeNotReady"),
-    pull(Class::RuntimeDown, &["dial unix ", "connect: "]),
-    pull(Class::RuntimeDown, &["code = Unavailable desc = error reading from server"]),
-    pull(Class::RuntimeDown, &["code = Unavailable desc = connection error"]),
-    pull(Class::Disk, &["no space left on device"]),
-    create(Class::Disk, &["no space left on device"]),
+    any(Class::RuntimeDown, &["dial unix ", "connect: "]),
+    any(Class::RuntimeDown, &["code = Unavailable desc = error reading from server"]),
+    any(Class::RuntimeDown, &["code = Unavailable desc = connection error"]),
+    any(Class::Disk, &["no space left on device"]),
     reason(Class::Disk, "FreeDiskSpaceFailed"),
     reason(Class::Disk, "ImageGCFailed"),
+    any(Class::CorruptStore, &[" expected at ", ": blob not found"]),
+    pull(Class::Unpack, &["failed to prepare extraction snapshot "]),
+    pull(Class::Unpack, &["failed to extract layer "]),
+    pull(Class::Unpack, &["wrong diff id "]),
+    pull(Class::Unpack, &["apply layer error for "]),
     // The image's form.
-    pull(Class::WrongPlatform, &["no match for platform in manifest"]),
+    any(Class::WrongPlatform, &["no match for platform in manifest"]),
     pull(Class::WrongPlatform, &["no image found in image index for architecture "]),
     create(Class::WrongPlatform, &["exec format error"]),
-    create(Class::WrongPlatform, &["no match for platform in manifest"]),
     pull(Class::OldFormat, &[" is no longer supported since containerd "]),
+    pull(Class::OldFormat, &["schema 1 image manifests are no longer supported"]),
     // The way to the registry.
     pull(Class::Proxy, &["proxyconnect tcp: "]),
     pull(Class::Dns, &["no such host"]),
@@ -126,6 +141,7 @@ pub(super) static RULES: &[Rule] = &[
     pull(Class::Denied, &["403 Forbidden"]),
     pull(Class::Denied, &["requested access to the resource is denied"]),
     pull(Class::RegistryUnavailable, &["unexpected status", ": 50"]),
+    pull(Class::RegistryUnavailable, &["failed with status code [", "]: 50"]),
     pull(Class::NoCredentials, &["failed to fetch anonymous token: ", "401 Unauthorized"]),
     pull(Class::BadCredentials, &["failed to fetch oauth token: ", "401 Unauthorized"]),
     pull(Class::NoCredentials, &["no basic auth credentials"]),
@@ -140,6 +156,7 @@ pub(super) static RULES: &[Rule] = &[
     pull(Class::BlobMissing, &["could not fetch content descriptor "]),
     pull(Class::BlobMissing, &["content at ", " not found"]),
     pull(Class::NotFound, &["failed to resolve reference \"", ": not found"]),
+    pull(Class::NotFound, &["failed to resolve image: ", ": not found"]),
     pull(Class::NotFound, &["manifest unknown"]),
     pull(Class::NotFound, &["name unknown: "]),
     pull(Class::NotFound, &["repository name not known to registry"]),
@@ -154,21 +171,19 @@ pub(super) static RULES: &[Rule] = &[
     pull(Class::Timeout, &["i/o timeout"]),
     pull(Class::Timeout, &["context deadline exceeded"]),
     pull(Class::Timeout, &["Client.Timeout exceeded "]),
-    pull(Class::Unpack, &["failed to prepare extraction snapshot "]),
-    pull(Class::Unpack, &["failed to extract layer "]),
-    pull(Class::Unpack, &["wrong diff id "]),
-    pull(Class::Unpack, &["apply layer error for "]),
     pull(Class::CorruptTransfer, &["failed commit on ref "]),
-    pull(Class::CutOff, &["httpReadSeeker: failed open: "]),
     // An image that the node believes to have.
     reason(Class::CorruptStore, "ImageInspectError"),
     create(Class::CorruptStore, &["failed to get image from containerd "]),
     create(Class::CorruptStore, &["content digest ", ": not found"]),
     create(Class::CorruptStore, &["failed to resolve rootfs"]),
     create(Class::CorruptStore, &["missing parent "]),
-    Rule { class: Class::SandboxImage, at: At::Sandbox, needles: &["failed to get sandbox image "] },
+    sandbox(Class::SandboxImage, &["failed to get sandbox image "]),
+    sandbox(Class::SandboxImage, &["failed to pull image "]),
     // Wrappers, and wordings of registries and other runtimes. A refusal in unknown words is a refusal.
     pull(Class::RegistryUnavailable, &["unexpected status"]),
+    pull(Class::RegistryUnavailable, &["failed with status code ["]),
+    pull(Class::CutOff, &["httpReadSeeker: failed open: "]),
     reason(Class::RegistryUnavailable, "RegistryUnavailable"),
     pull(Class::RegistryUnavailable, &["because the registry is unavailable"]),
     pull(Class::BadCredentials, &[" unauthorized"]),
