@@ -10,6 +10,7 @@ pub mod fleet;
 pub mod http;
 pub mod leader;
 pub mod metrics;
+pub mod notify;
 pub mod perform;
 pub mod resolve;
 pub mod run;

@@ -11,6 +11,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::decide::{Count, Figures};
+use crate::notify::NotificationType;
 
 /// Phases in the order of [`Figures::jobs`].
 const PHASES: [&str; 4] = ["Pending", "Transferring", "Imported", "Failed"];
@@ -28,6 +29,12 @@ struct ResultLabel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StepLabel {
     step: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NotificationLabels {
+    r#type: &'static str,
+    result: &'static str,
 }
 
 /// All metrics of the controller.
@@ -51,6 +58,7 @@ pub struct Metrics {
     enrolments: Family<ResultLabel, Counter>,
     authority_changes: Family<StepLabel, Counter>,
     authority_ends: Gauge,
+    notifications: Family<NotificationLabels, Counter>,
 }
 
 impl Default for Metrics {
@@ -100,6 +108,9 @@ impl Default for Metrics {
         let authority_changes: Family<StepLabel, Counter> = Family::default();
         let help = "Steps of replacing the certificate authority";
         registry.register("ca_changes", help, authority_changes.clone());
+        let notifications: Family<NotificationLabels, Counter> = Family::default();
+        let help = "Webhook notifications by type and by what came of them: sent, failed or dropped";
+        registry.register("notifications", help, notifications.clone());
         let decision = Histogram::new(exponential_buckets(0.00001, 4.0, 10));
         registry.register_with_unit("decision", "Time one decision took", Unit::Seconds, decision.clone());
         Self {
@@ -122,6 +133,7 @@ impl Default for Metrics {
             enrolments,
             authority_changes,
             authority_ends,
+            notifications,
         }
     }
 }
@@ -167,6 +179,12 @@ impl Metrics {
     /// The certificate authority was staged, promoted or retired.
     pub fn authority_changed(&self, step: &'static str) {
         self.authority_changes.get_or_create(&StepLabel { step }).inc();
+    }
+
+    /// A notification was `sent`, `failed` for good, or `dropped` because too many waited.
+    pub fn notification(&self, type_: NotificationType, result: &'static str) {
+        let labels = NotificationLabels { r#type: type_.name(), result };
+        self.notifications.get_or_create(&labels).inc();
     }
 
     /// When the authority that signs ends, since 1970.

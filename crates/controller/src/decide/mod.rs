@@ -8,6 +8,7 @@ mod ask;
 mod book;
 mod entry;
 mod event;
+mod inform;
 mod jobs;
 mod pods;
 #[cfg(test)]
