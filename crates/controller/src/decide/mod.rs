@@ -190,7 +190,7 @@ impl State {
 }
 
 /// Numbers for the gauges.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
     /// By [`Phase`], in its order.
     pub jobs: [usize; 4],

@@ -76,6 +76,7 @@ impl Notifier {
         health: Arc<Health>,
     ) -> (Self, Delivery) {
         let (queue, incoming) = mpsc::channel(pace.queue);
+        health.metrics.notifications(types.iter().copied());
         let closing = CancellationToken::new();
         let task = tokio::spawn(deliver(incoming, receiver, pace, closing.clone(), health.clone()));
         (Self { queue, types: Arc::new(types), health }, Delivery { task, closing })
