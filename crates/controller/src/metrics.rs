@@ -191,7 +191,8 @@ impl Metrics {
     pub fn notifications(&self, types: impl IntoIterator<Item = NotificationType>) {
         for type_ in types {
             for result in ["sent", "failed", "dropped"] {
-                self.notifications.get_or_create(&NotificationLabels { r#type: type_.name(), result });
+                let _ =
+                    self.notifications.get_or_create(&NotificationLabels { r#type: type_.name(), result });
             }
         }
     }

@@ -150,7 +150,7 @@ impl Receiver {
             let value = value.map_err(|error| Refused::for_now(format!("{}: {error}", file.display())))?;
             request = request.header(name.clone(), value);
         }
-        let answer = request.send().await.map_err(|error| Refused::for_now(causes(error.without_url())))?;
+        let answer = request.send().await.map_err(|error| Refused::for_now(causes(&error.without_url())))?;
         let status = answer.status();
         if status.is_success() {
             return Ok(());
@@ -220,8 +220,8 @@ fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Duration> {
 }
 
 /// An error with what caused it, which reqwest does not say by itself.
-fn causes(error: reqwest::Error) -> String {
-    let error: &dyn std::error::Error = &error;
+fn causes(error: &reqwest::Error) -> String {
+    let error: &dyn std::error::Error = error;
     let chain = std::iter::successors(Some(error), |error| error.source());
     chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
