@@ -84,11 +84,16 @@ impl Refused {
 }
 
 /// A place that takes notifications.
-#[derive(Debug)]
 pub struct Receiver {
     client: Client,
     url: Url,
     header: Option<(HeaderName, PathBuf)>,
+}
+
+impl fmt::Debug for Receiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Receiver").field(&self.origin()).finish()
+    }
 }
 
 impl Receiver {
