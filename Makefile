@@ -33,7 +33,7 @@ bench: ## measure times and memory on a cluster of its own (root)
 	@$(BUILT)/figures
 
 check: lint ## the tests that need neither root nor a cluster
-	@$(CARGO) test --workspace --lib --bins --test agents --test fake --test import --test previous --test program --test tls
+	@$(CARGO) test --workspace --lib --bins --test agents --test fake --test import --test notify --test previous --test program --test tls
 
 lint: ## formatting and lints, warnings denied
 	@e2e/tools.sh build

@@ -4,6 +4,10 @@
 
 use std::path::Path;
 use std::process::Command;
+
+use serde_json::{Value, json};
+use tote_controller::metrics::Metrics;
+use tote_controller::notify::NotificationType;
 use tote_e2e::tools;
 
 /// Standard output of helm, or its standard error if it failed. `{}` stands for the chart's directory.
@@ -89,7 +93,8 @@ fn every_value_does_something() {
     let all: Vec<&str> = EVERY_VALUE.iter().map(|(value, _)| *value).collect();
     template(&all).unwrap();
     let without = template(&["agent.enabled=false"]).unwrap();
-    assert!(!without.contains("DaemonSet") && !without.contains("kind: Service\n"), "{without}");
+    let services = without.matches("kind: Service\n").count();
+    assert!(!without.contains("DaemonSet") && services == 1, "{services}: {without}"); // that of metrics
 }
 
 #[test]
@@ -169,6 +174,139 @@ fn cert_manager_can_make_the_authority() {
     }
 }
 
+/// The receiver of notifications is reached with what is mounted, and nothing is mounted in vain.
+#[test]
+fn notifications_bring_their_secret_as_a_file() {
+    let url = "notifications.url=https://hooks.test/a?b=c#d";
+    let default = template(&[]).unwrap();
+    for text in ["--notify", "/etc/tote/notify", "volumes:\n        - name: notify"] {
+        assert!(!default.contains(text), "{default}");
+    }
+    let output = template(&[url]).unwrap();
+    for text in [
+        "- \"--notify-url=https://hooks.test/a?b=c#d\"\n",
+        "--notify-types=detected,salvaged,salvage_failed,pushed,push_failed\n",
+    ] {
+        assert!(output.contains(text), "{text:?} is not in\n{output}");
+    }
+    assert!(!output.contains("/etc/tote/notify") && !output.contains("--notify-header"), "{output}");
+    let output = template(&[
+        url,
+        "notifications.types={salvaged,salvage_failed}",
+        "notifications.header.name=X-Tote-Secret",
+        "notifications.header.existingSecret=hook",
+        "notifications.header.key=bearer",
+        "notifications.caConfigMap=corp-ca",
+    ])
+    .unwrap();
+    for text in [
+        "--notify-types=salvaged,salvage_failed\n",
+        "--notify-header-name=X-Tote-Secret\n",
+        "--notify-header-file=/etc/tote/notify/header/value\n",
+        "--notify-ca-file=/etc/tote/notify/ca/ca.crt\n",
+        "mountPath: /etc/tote/notify/header\n",
+        "mountPath: /etc/tote/notify/ca\n",
+        "secretName: hook\n            items:\n              - key: bearer\n                path: value\n",
+        "name: corp-ca\n            items:\n              - key: ca.crt\n                path: ca.crt\n",
+    ] {
+        assert!(output.contains(text), "{text:?} is not in\n{output}");
+    }
+    let alone = template(&["notifications.header.existingSecret=hook"]).unwrap();
+    assert_eq!(alone, default, "without a URL nothing is sent");
+}
+
+/// The expressions of the chart's alerts, as Prometheus is given them.
+fn alerts() -> Vec<(String, String)> {
+    let values = ["prometheusRule.enabled=true", "notifications.url=https://hooks.test/"];
+    let output = template(&values).unwrap();
+    let rule = output.split("\n---\n").find(|d| d.contains("\nkind: PrometheusRule\n")).unwrap();
+    let rule: Value = serde_saphyr::from_str(rule).unwrap();
+    let rules = rule["spec"]["groups"][0]["rules"].as_array().unwrap();
+    let text = |rule: &Value, field: &str| rule[field].as_str().unwrap().to_owned();
+    for rule in rules {
+        assert!(
+            ["info", "warning", "critical"].contains(&rule["labels"]["severity"].as_str().unwrap()),
+            "{rule}"
+        );
+        assert!(rule["annotations"]["summary"].is_string() && rule["annotations"]["description"].is_string());
+    }
+    rules.iter().map(|rule| (text(rule, "alert"), text(rule, "expr"))).collect()
+}
+
+/// A selector `name{label="value"}` of an expression: its name and the names of its labels.
+fn selectors(expression: &str) -> Vec<(String, Vec<String>)> {
+    let mut found = Vec::new();
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut rest = expression;
+    while let Some(at) = rest.find("tote_") {
+        rest = &rest[at..];
+        let (name, after) = rest.split_at(rest.find(|c| !is_of_name(c)).unwrap_or(rest.len()));
+        let labels =
+            after.strip_prefix('{').and_then(|labels| labels.split_once('}')).map(|(labels, _)| labels);
+        let names = labels.into_iter().flat_map(|labels| labels.split(','));
+        let names = names.map(|label| label.split(['=', '!']).next().unwrap().trim().to_owned());
+        found.push((name.to_owned(), names.collect()));
+        rest = after;
+    }
+    found
+}
+
+#[test]
+fn alerts_are_over_metrics_that_exist() {
+    let metrics = Metrics::default();
+    metrics.notifications(NotificationType::ALL);
+    let exported = metrics.text().unwrap();
+    let alerts = alerts();
+    assert_eq!(alerts.len(), 8, "{alerts:?}");
+    for (alert, expression) in alerts {
+        let selectors = selectors(&expression);
+        assert!(!selectors.is_empty(), "{alert}: {expression}");
+        for (name, labels) in selectors {
+            let sample = exported.lines().find(|line| line.split(['{', ' ']).next() == Some(&name));
+            let sample = sample.unwrap_or_else(|| panic!("{alert}: no {name} in\n{exported}"));
+            for label in labels {
+                assert!(sample.contains(&format!("{label}=\"")), "{alert}: no label {label} in {sample}");
+            }
+        }
+    }
+    let without = template(&["prometheusRule.enabled=true"]).unwrap();
+    assert!(!without.contains("ToteNotificationsLost"), "there is nothing to lose");
+}
+
+/// What the Prometheus operator picks: by its labels, and only where that is wanted.
+#[test]
+fn monitors_select_what_has_the_port() {
+    let default = template(&[]).unwrap();
+    assert!(!default.contains("monitoring.coreos.com"), "{default}");
+    let labelled = template(&[
+        "serviceMonitor.enabled=true",
+        "serviceMonitor.interval=17s",
+        "serviceMonitor.labels.release=mine",
+        "prometheusRule.enabled=true",
+        "prometheusRule.labels.role=alerts",
+    ])
+    .unwrap();
+    let of = |kind: &str| {
+        let document = labelled.split("\n---\n").find(|d| d.contains(&format!("\nkind: {kind}\n")));
+        serde_saphyr::from_str::<Value>(document.unwrap()).unwrap()
+    };
+    let (monitor, pods, rule) = (of("ServiceMonitor"), of("PodMonitor"), of("PrometheusRule"));
+    assert_eq!(monitor["metadata"]["labels"]["release"], "mine");
+    assert_eq!(pods["metadata"]["labels"]["release"], "mine");
+    assert_eq!(rule["metadata"]["labels"]["role"], "alerts");
+    assert_eq!(monitor["spec"]["endpoints"], json!([{"port": "metrics", "interval": "17s"}]));
+    assert_eq!(pods["spec"]["podMetricsEndpoints"], json!([{"port": "health", "interval": "17s"}]));
+    let service = labelled.split("\n---\n").find(|d| d.contains("\n  name: tote-metrics\n")).unwrap();
+    let service: Value = serde_saphyr::from_str(service).unwrap();
+    let wanted = monitor["spec"]["selector"]["matchLabels"].as_object().unwrap();
+    for (label, value) in wanted {
+        assert_eq!(&service["metadata"]["labels"][label], value, "the monitor finds the service by {label}");
+        assert_eq!(&of("Deployment")["spec"]["template"]["metadata"]["labels"][label], value);
+    }
+    assert_eq!(service["spec"]["selector"], monitor["spec"]["selector"]["matchLabels"]);
+    assert_eq!(service["spec"]["ports"][0]["name"], "metrics");
+}
+
 /// What the agents' pods are given: a token for the controller alone, and whom to trust.
 #[test]
 fn agents_mount_no_token_of_the_api_server() {
@@ -193,6 +331,12 @@ fn a_bad_value_is_refused_by_name() {
         ("controler.replicas=2", "controler"),
         ("controller.ambiguousTags=guess", "ambiguousTags"),
         ("log.format=xml", "format"),
+        ("notifications.url=hooks.test", "url"),
+        ("notifications.url=https://me:key@hooks.test/", "url"),
+        ("notifications.types={salvage-failed}", "types"),
+        ("notifications.header.name=X Y", "name"),
+        ("serviceMonitor.interval=often", "interval"),
+        ("prometheusRule.labels.a=true", "labels"),
         ("tls.certificateLifetime=ever", "certificateLifetime"),
         ("tls.enabled=false", "enabled"),
         ("tls.certManager.issuerRef.kind=ClusterIssuer", "issuerRef"),

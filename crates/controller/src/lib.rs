@@ -11,6 +11,7 @@ pub mod http;
 pub mod leader;
 pub mod metrics;
 pub mod nodes;
+pub mod notify;
 pub mod owners;
 pub mod patterns;
 pub mod perform;

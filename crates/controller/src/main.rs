@@ -1,6 +1,8 @@
 //! tote-controller: finds pods that cannot pull an image which other nodes hold, and has it brought to them.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,11 +17,15 @@ use tote_controller::ca::Names;
 use tote_controller::decide::Policy;
 use tote_controller::http::{self, Health};
 use tote_controller::leader::Leader;
+use tote_controller::notify::{Delivery, Header, NotificationType, Notifier, Pace, Receiver};
 use tote_controller::patterns::{Images, Pattern};
 use tote_controller::resolve::TagPolicy;
 use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
 use tote_rpc::identity::Identity;
+
+/// How long notifications may take to leave when it stops.
+const DRAIN: Duration = Duration::from_secs(2);
 
 /// How long the API server may take to answer at start.
 const START: Duration = Duration::from_secs(60);
@@ -79,6 +85,26 @@ struct Flags {
     /// How long a node may go on reading for a transfer whose controller is gone, as 5m.
     #[arg(long, default_value = "5m", value_parser = session_ttl)]
     session_ttl: Duration,
+    /// A URL that is told of salvages: each notification is a POST of one JSON document. Redirects are not followed.
+    #[arg(long)]
+    notify_url: Option<String>,
+    /// Which notifications are sent, separated by commas. pushed and `push_failed` are accepted and never sent as long as
+    /// nothing is pushed to a backup registry.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "detected,salvaged,salvage_failed,pushed,push_failed"
+    )]
+    notify_types: Vec<NotificationType>,
+    /// The header that --notify-header-file is sent in.
+    #[arg(long, default_value = "Authorization")]
+    notify_header_name: String,
+    /// A file with the value of a header, such as `Bearer ...`, that proves to the receiver who sends. Read anew each time.
+    #[arg(long, requires = "notify_url")]
+    notify_header_file: Option<PathBuf>,
+    /// A file (PEM) with certificate authorities to trust beside the public ones, when sending notifications.
+    #[arg(long, requires = "notify_url")]
+    notify_ca_file: Option<PathBuf>,
     /// Name of the Lease that replicas share, in this pod's namespace.
     #[arg(long, default_value = "tote")]
     lease_name: String,
@@ -193,6 +219,7 @@ async fn run(flags: Flags) -> Result<(), String> {
         .map_err(|error| format!("--metrics-addr {}: {error}", flags.metrics_addr))?;
     let server = tokio::spawn(http::serve(listener, health.clone(), stop.clone()));
 
+    let (notifier, delivery) = notifications(&flags, &health).await?.unzip();
     let client = connect(&stop).await?;
     let settings = Settings {
         policy: Policy {
@@ -219,6 +246,7 @@ async fn run(flags: Flags) -> Result<(), String> {
         identity: Identity::new().map_err(|error| format!("cannot make a key: {error}"))?,
         certificate_life: flags.certificate_lifetime,
         grant_life: flags.session_ttl,
+        notifier,
     };
     let (terms, mut current) = watch::channel(None);
     let leader = Leader::new(client.clone(), &flags.pod_namespace, &flags.lease_name, &flags.pod_name);
@@ -240,9 +268,26 @@ async fn run(flags: Flags) -> Result<(), String> {
         }
     }
     stop.cancel();
-    let _ = candidate.await;
+    let drained = async {
+        if let Some(delivery) = delivery {
+            delivery.drain(DRAIN).await;
+        }
+    };
+    let _ = tokio::join!(candidate, drained);
     let _ = tokio::time::timeout(Duration::from_secs(2), server).await;
     Ok(())
+}
+
+/// The webhook, if there is to be one.
+async fn notifications(flags: &Flags, health: &Arc<Health>) -> Result<Option<(Notifier, Delivery)>, String> {
+    let Some(url) = &flags.notify_url else { return Ok(None) };
+    let header = flags.notify_header_file.clone();
+    let header = header.map(|file| Header { name: flags.notify_header_name.clone(), file });
+    let receiver = Receiver::new(url, header, flags.notify_ca_file.as_deref()).await;
+    let receiver = receiver.map_err(|error| error.to_string())?;
+    let types: BTreeSet<_> = flags.notify_types.iter().copied().collect();
+    tracing::info!(receiver = receiver.origin(), ?types, "notifications are sent");
+    Ok(Some(Notifier::start(receiver, types, Pace::default(), health.clone())))
 }
 
 /// A client of an API server that answers.

@@ -11,6 +11,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::decide::{Count, Figures};
+use crate::notify::NotificationType;
 
 /// Phases in the order of [`Figures::jobs`].
 const PHASES: [&str; 4] = ["Pending", "Transferring", "Imported", "Failed"];
@@ -28,6 +29,12 @@ struct ResultLabel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StepLabel {
     step: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NotificationLabels {
+    r#type: &'static str,
+    result: &'static str,
 }
 
 /// All metrics of the controller.
@@ -51,6 +58,7 @@ pub struct Metrics {
     enrolments: Family<ResultLabel, Counter>,
     authority_changes: Family<StepLabel, Counter>,
     authority_ends: Gauge,
+    notifications: Family<NotificationLabels, Counter>,
 }
 
 impl Default for Metrics {
@@ -100,9 +108,12 @@ impl Default for Metrics {
         let authority_changes: Family<StepLabel, Counter> = Family::default();
         let help = "Steps of replacing the certificate authority";
         registry.register("ca_changes", help, authority_changes.clone());
+        let notifications: Family<NotificationLabels, Counter> = Family::default();
+        let help = "Webhook notifications by type and by what came of them: sent, failed or dropped";
+        registry.register("notifications", help, notifications.clone());
         let decision = Histogram::new(exponential_buckets(0.00001, 4.0, 10));
         registry.register_with_unit("decision", "Time one decision took", Unit::Seconds, decision.clone());
-        Self {
+        let metrics = Self {
             registry,
             detected,
             salvageable,
@@ -122,7 +133,10 @@ impl Default for Metrics {
             enrolments,
             authority_changes,
             authority_ends,
-        }
+            notifications,
+        };
+        metrics.gauges(&Figures::default());
+        metrics
     }
 }
 
@@ -147,6 +161,11 @@ impl Metrics {
 
     /// Sets the gauges; `took` is how long the decision took, in seconds.
     pub fn figures(&self, figures: &Figures, took: f64) {
+        self.gauges(figures);
+        self.decision.observe(took);
+    }
+
+    fn gauges(&self, figures: &Figures) {
         let gauge = |gauge: &Gauge, n: usize| {
             gauge.set(i64::try_from(n).unwrap_or(i64::MAX));
         };
@@ -156,7 +175,6 @@ impl Metrics {
         gauge(&self.nodes, figures.nodes_up);
         gauge(&self.images, figures.images);
         gauge(&self.waiting, figures.waiting);
-        self.decision.observe(took);
     }
 
     /// An agent got a certificate (`signed`), or did not.
@@ -169,16 +187,33 @@ impl Metrics {
         self.authority_changes.get_or_create(&StepLabel { step }).inc();
     }
 
+    /// What comes of notifications of these types is counted from 0 on, so that the first of each is an increase.
+    pub fn notifications(&self, types: impl IntoIterator<Item = NotificationType>) {
+        for type_ in types {
+            for result in ["sent", "failed", "dropped"] {
+                let _ =
+                    self.notifications.get_or_create(&NotificationLabels { r#type: type_.name(), result });
+            }
+        }
+    }
+
+    /// A notification was `sent`, `failed` for good, or `dropped` because too many waited.
+    pub fn notification(&self, type_: NotificationType, result: &'static str) {
+        let labels = NotificationLabels { r#type: type_.name(), result };
+        self.notifications.get_or_create(&labels).inc();
+    }
+
     /// When the authority that signs ends, since 1970.
     pub fn authority_ends(&self, at: Duration) {
         self.authority_ends.set(i64::try_from(at.as_secs()).unwrap_or(i64::MAX));
     }
 
-    /// Sets whether this replica leads.
+    /// Sets whether this replica leads. One that does not knows of no jobs and no pods.
     pub fn leading(&self, leading: bool) {
         self.leading.set(i64::from(leading));
         if !leading {
             self.authority_ends.set(0);
+            self.gauges(&Figures::default());
         }
     }
 
@@ -196,24 +231,90 @@ mod tests {
 
     use super::*;
 
+    /// Alerts and dashboards are written against these: a change is a break.
+    const FAMILIES: [&str; 19] = [
+        "tote_agents_connected gauge",
+        "tote_ca_changes_total{step} counter",
+        "tote_ca_expiry_timestamp_seconds gauge",
+        "tote_decision_seconds histogram",
+        "tote_detected_total counter",
+        "tote_enrolments_total{result} counter",
+        "tote_fleet_images gauge",
+        "tote_leading gauge",
+        "tote_not_actionable_total counter",
+        "tote_notifications_total{type,result} counter",
+        "tote_pod_wakes_total counter",
+        "tote_pods_waiting gauge",
+        "tote_salvage_attempts_total counter",
+        "tote_salvage_duration_seconds histogram",
+        "tote_salvage_failure_total counter",
+        "tote_salvage_jobs{phase} gauge",
+        "tote_salvage_moved_bytes_total counter",
+        "tote_salvage_success_total counter",
+        "tote_salvageable_total counter",
+    ];
+
+    /// The families in the text, with the names of their labels.
+    fn families(text: &str) -> Vec<String> {
+        let mut families: Vec<String> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE "))
+            .map(|line| {
+                let (name, kind) = line.split_once(' ').unwrap();
+                let sample = match kind {
+                    "counter" => format!("{name}_total"),
+                    "histogram" => format!("{name}_count"),
+                    _ => name.to_owned(),
+                };
+                let labels = text.lines().find_map(|line| line.strip_prefix(&sample)?.strip_prefix('{'));
+                let labels =
+                    labels.and_then(|rest| rest.split_once('}')).map_or(String::new(), |(labels, _)| {
+                        let names: Vec<&str> =
+                            labels.split(',').map(|l| l.split_once('=').unwrap().0).collect();
+                        format!("{{{}}}", names.join(","))
+                    });
+                format!("{}{labels} {kind}", sample.trim_end_matches("_count"))
+            })
+            .collect();
+        families.sort();
+        families
+    }
+
     #[test]
-    fn the_documented_names_are_there() {
+    fn names_types_and_labels_are_as_documented() {
+        let metrics = Metrics::default();
+        metrics.enrolment("signed");
+        metrics.authority_changed("staged");
+        metrics.notifications(NotificationType::ALL);
+        assert_eq!(families(&metrics.text().unwrap()), FAMILIES);
+    }
+
+    #[test]
+    fn what_is_counted_and_set_is_shown_and_a_replica_that_does_not_lead_shows_no_jobs() {
         let metrics = Metrics::default();
         metrics.count(Count::Success(Duration::from_secs(1), 5));
+        metrics.notification(NotificationType::SalvageFailed, "dropped");
         let figures = Figures { jobs: [1, 0, 2, 0], nodes_up: 3, images: 4, waiting: 5 };
         metrics.figures(&figures, 0.001);
-        let text = metrics.text().unwrap();
+        let has = |line: &str| {
+            let text = metrics.text().unwrap();
+            assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+        };
         for line in [
             "tote_detected_total 0",
-            "tote_salvageable_total 0",
-            "tote_not_actionable_total 0",
             "tote_salvage_success_total 1",
-            "tote_salvage_failure_total 0",
             "tote_salvage_moved_bytes_total 5",
             "tote_salvage_jobs{phase=\"Imported\"} 2",
+            "tote_notifications_total{type=\"salvage_failed\",result=\"dropped\"} 1",
             "tote_agents_connected 3",
         ] {
-            assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+            has(line);
+        }
+        metrics.leading(false);
+        for line in
+            ["tote_salvage_jobs{phase=\"Imported\"} 0", "tote_pods_waiting 0", "tote_salvage_success_total 1"]
+        {
+            has(line);
         }
     }
 }

@@ -19,6 +19,7 @@ use tote_rpc::v1;
 use crate::decide::{About, Action, CreateAnswer, Event, NewJob, version};
 use crate::fleet::{Agents, Grants};
 use crate::http::Health;
+use crate::notify::Notifier;
 use crate::transfer;
 
 /// How long one call of the API server may take.
@@ -54,6 +55,7 @@ pub struct Performer {
     term: v1::Term,
     events: mpsc::Sender<Event>,
     health: Arc<Health>,
+    notifier: Option<Notifier>,
     calls: Arc<Semaphore>,
     /// Apart, so that pods whose patches hang (an admission webhook that is down) keep nothing else waiting.
     wake_calls: Arc<Semaphore>,
@@ -75,7 +77,7 @@ impl Performer {
         (agents, grant_life): (Agents, Duration),
         term: v1::Term,
         events: mpsc::Sender<Event>,
-        health: Arc<Health>,
+        (health, notifier): (Arc<Health>, Option<Notifier>),
     ) -> Self {
         let reporter = Reporter { controller: names::MANAGER.to_owned(), instance: Some(me.to_owned()) };
         Self {
@@ -85,6 +87,7 @@ impl Performer {
             term,
             events,
             health,
+            notifier,
             calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
             wake_calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
             wakes: HashMap::new(),
@@ -102,6 +105,11 @@ impl Performer {
         let calls = self.calls.clone();
         match action {
             Action::Count(count) => self.health.metrics.count(count),
+            Action::Notify(notification) => {
+                if let Some(notifier) = &self.notifier {
+                    notifier.notify(*notification);
+                }
+            }
             Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
                 let sources = sources
                     .into_iter()

@@ -17,6 +17,7 @@ use crate::fleet::{Agents, Enrolment, Fleet, FleetEvent};
 use crate::http::Health;
 use crate::leader::Term;
 use crate::nodes;
+use crate::notify::Notifier;
 use crate::owners::OwnerKind;
 use crate::perform::Performer;
 use crate::watch;
@@ -50,6 +51,8 @@ pub struct Settings {
     pub certificate_life: Duration,
     /// How long a grant lasts unless it is given again.
     pub grant_life: Duration,
+    /// The webhook, if there is one; it outlives the term.
+    pub notifier: Option<Notifier>,
 }
 
 /// How far back the clock may be set without notice.
@@ -96,8 +99,9 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
         let _ = standing.wait_for(Option::is_some).await;
         watch::agents(agents_client, &agents_of.0, &agents_of.1, settings.agent_port, fleet).await;
     });
+    let outputs = (health.clone(), settings.notifier);
     let mut performer =
-        Performer::new(client, &settings.me, (agents, settings.grant_life), term, events, health.clone());
+        Performer::new(client, &settings.me, (agents, settings.grant_life), term, events, outputs);
     let mut state = State::new(settings.policy);
     let mut again = None;
     let mut clock = Clock { wall: Timestamp::now(), steady: Instant::now() };

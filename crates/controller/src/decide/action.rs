@@ -8,6 +8,7 @@ use tote_api::SalvageJobStatus;
 use tote_image::Digest;
 
 use crate::fleet::NodeName;
+use crate::notify::Notification;
 use crate::salvage::Source;
 
 /// An effect.
@@ -92,6 +93,8 @@ pub enum Action {
         /// At most 1024 bytes.
         note: String,
     },
+    /// Tell the webhook, if there is one.
+    Notify(Box<Notification>),
     /// Count.
     Count(Count),
 }

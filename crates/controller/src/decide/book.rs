@@ -9,7 +9,7 @@ use kube::api::ObjectMeta;
 use tote_api::{Phase, SalvageJob, SalvageJobStatus, names};
 
 use super::jobs::cancel;
-use super::{About, Action, Kind, State, sooner};
+use super::{About, Action, Kind, State, inform, sooner};
 use crate::backoff::delay;
 use crate::salvage::{Job, Run, after, status};
 use crate::text;
@@ -216,7 +216,9 @@ impl State {
         }
     }
 
-    pub(super) fn tell_transition(&mut self, uid: &str) {
+    /// Tells of a change of phase or reason, once. To be called after pods were decided over: the webhook is told here only of
+    /// an import that no pod was woken for.
+    pub(super) fn tell_transition(&mut self, uid: &str, now: Timestamp) {
         let Some((job, book)) = self.jobs.get_mut(uid) else { return };
         let state = (job.phase(), job.reason().to_owned());
         if state.1.is_empty() || book.told.as_ref() == Some(&state) {
@@ -235,6 +237,9 @@ impl State {
             action: "Salvage",
             note: text::bounded(status::message(&job.status), text::MAX_NOTE),
         });
+        if state.0 == Phase::Imported && job.status.pods.is_empty() {
+            self.actions.push(inform::ended(job, "", now));
+        }
         book.told = Some(state);
     }
 

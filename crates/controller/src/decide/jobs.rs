@@ -95,7 +95,7 @@ impl State {
         });
         status::enter(job, Phase::Failed, reason, message, now);
         self.actions.push(Action::Count(Count::Failure));
-        self.tell_failure(uid);
+        self.tell_failure(uid, now);
     }
 
     pub(super) fn decide_jobs(&mut self, now: Timestamp, again: &mut Option<Timestamp>) {
@@ -131,7 +131,7 @@ impl State {
         }
         for uid in &uids {
             self.drop_if_unwanted(uid, &waited, now, again);
-            self.tell_transition(uid);
+            self.tell_transition(uid, now);
             self.write(uid, now, again);
         }
     }

@@ -8,6 +8,7 @@ mod ask;
 mod book;
 mod entry;
 mod event;
+mod inform;
 mod jobs;
 mod nodes;
 mod pods;
@@ -219,7 +220,7 @@ impl State {
 }
 
 /// Numbers for the gauges.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
     /// By [`Phase`], in its order.
     pub jobs: [usize; 4],

@@ -6,7 +6,7 @@ use tote_api::{Phase, names};
 use tote_image::{Digest, Reference};
 
 use super::entry::PodEntry;
-use super::{Action, Count, State, sooner};
+use super::{Action, Count, State, inform, sooner};
 use crate::detect::{Consent, Wait, WaitingPod};
 use crate::fleet::NodeName;
 use crate::resolve::{Missing, Question, Resolution, Why};
@@ -48,6 +48,7 @@ impl State {
     ) {
         if entry.counted.insert(wait.image.clone()) {
             self.actions.push(Action::Count(Count::Detected));
+            self.actions.push(inform::detected(&entry.pod, wait, now));
             let pod = &entry.pod;
             tracing::info!(namespace = %pod.namespace, pod = %pod.name, node = %pod.node, image = %wait.image,
                 reason = wait.reason, "a pod waits for an image");
@@ -215,8 +216,9 @@ impl State {
     }
 
     /// Tells the pods that wait for a job's image that it failed.
-    pub(super) fn tell_failure(&mut self, uid: &str) {
+    pub(super) fn tell_failure(&mut self, uid: &str, now: Timestamp) {
         let Some((job, _)) = self.jobs.get(uid) else { return };
+        let mut waits = false;
         let note = format!("SalvageJob {}: {}", job.name, status::message(&job.status));
         let owners = &self.world.owners;
         for entry in self.pods.values_mut() {
@@ -227,13 +229,21 @@ impl State {
             {
                 continue;
             }
+            let mut informed = false;
             for wait in entry.pod.waits.clone() {
                 if wait.reference.as_ref().is_ok_and(|r| job.is_for(r, &entry.pod.node)) {
+                    if !std::mem::replace(&mut informed, true) {
+                        self.actions.push(inform::ended(job, &entry.pod.name, now));
+                    }
                     let reason = names::event::IMAGE_SALVAGE_FAILED;
                     let tell = entry.tell(&wait, true, reason, "SalvageFailed", &note);
                     self.actions.extend(tell);
                 }
             }
+            waits |= informed;
+        }
+        if !waits {
+            self.actions.push(inform::ended(job, "", now));
         }
     }
 }

@@ -8,7 +8,7 @@ use tote_api::{Phase, names};
 use tote_image::{Digest, Reference};
 
 use super::entry::{PodEntry, Wake};
-use super::{Action, Count, State, sooner};
+use super::{Action, Count, State, inform, sooner};
 use crate::backoff::delay;
 use crate::detect::{Wait, WaitingPod};
 use crate::salvage::status;
@@ -97,6 +97,7 @@ impl State {
             if let Some((job, _)) = self.jobs.get_mut(uid) {
                 status::woke(job, &pod.name);
                 status::message(&job.status).clone_into(&mut source);
+                self.actions.push(inform::ended(job, &pod.name, now));
             }
             let note = format!(
                 "{source}. The cause remains: see that the registry serves it before the next pod waits."

@@ -1,5 +1,6 @@
 //! Events in, actions out: the whole of what the controller decides, without a cluster.
 
+mod inform;
 mod jobs;
 mod known;
 mod nodes;
