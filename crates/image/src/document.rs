@@ -286,19 +286,19 @@ mod tests {
 
     #[test]
     fn knows_when_an_image_was_made_if_it_says_so() {
-        let of = |created: &str| {
+        let of = |member: &str| {
             let text = format!(
-                r#"{{{created}"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":[]}}}}"#
+                r#"{{{member}"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":[]}}}}"#
             );
             assert!(diff_ids(text.as_bytes()).is_ok());
-            super::created(text.as_bytes())
+            created(text.as_bytes())
         };
         assert_eq!(of(r#""created":"2026-01-01T01:00:00.5+01:00","#), 1_767_225_600);
         for unknown in ["", r#""created":"1970-01-01T00:00:00Z","#, r#""created":"0001-01-01T00:00:00Z","#] {
             assert_eq!(of(unknown), 0, "{unknown}");
         }
         assert_eq!(of(r#""created":"yesterday","#), 0);
-        assert_eq!(super::created(b"{}"), 0);
+        assert_eq!(created(b"{}"), 0);
     }
 
     #[test]

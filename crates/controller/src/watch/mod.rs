@@ -35,8 +35,8 @@ struct Meaning {
 }
 
 impl Meaning {
-    fn new(key: Arc<str>, event: Event) -> Option<Self> {
-        Some(Self { key, events: vec![event], keep: true })
+    fn new(key: Arc<str>, event: Event) -> Self {
+        Self { key, events: vec![event], keep: true }
     }
 }
 
@@ -50,7 +50,7 @@ pub async fn namespaces(client: Client, events: mpsc::Sender<Event>) {
         let annotations = metadata.annotations.as_ref().unwrap_or(&none);
         let says = (!gone).then(|| consent(&key, annotations, metadata.deletion_timestamp.is_some()));
         let event = Event::Namespace { name: key.clone(), consent: says };
-        Meaning::new(key, event)
+        Some(Meaning::new(key, event))
     })
     .await;
 }
@@ -61,7 +61,7 @@ pub async fn nodes(client: Client, events: mpsc::Sender<Event>) {
     follow(api, watcher::Config::default(), None, Kind::Nodes, events, |node, gone| {
         let key: Arc<str> = node.metadata.name.as_deref()?.into();
         let uid = if gone { None } else { node.metadata.uid.as_deref().map(Into::into) };
-        Meaning::new(key.clone(), Event::Node { name: key, uid })
+        Some(Meaning::new(key.clone(), Event::Node { name: key, uid }))
     })
     .await;
 }
@@ -73,7 +73,7 @@ pub async fn jobs(client: Client, events: mpsc::Sender<Event>) {
         let key: Arc<str> = job.metadata.uid.as_deref()?.into();
         let event =
             if gone { Event::JobGone { uid: key.clone() } } else { Event::Job(Box::new(job.clone())) };
-        Meaning::new(key, event)
+        Some(Meaning::new(key, event))
     })
     .await;
 }
