@@ -132,7 +132,7 @@ pub async fn watch(client: Client, events: mpsc::Sender<Event>) {
     follow(api, watcher::Config::default(), None, Kind::Nodes, events, |node, gone| {
         let key: Arc<str> = node.metadata.name.as_deref()?.into();
         let facts = if gone { None } else { node.facts() };
-        Meaning::new(key.clone(), Event::Node { name: key, facts })
+        Some(Meaning::new(key.clone(), Event::Node { name: key, facts }))
     })
     .await;
 }

@@ -106,21 +106,24 @@ impl Owners {
 mod tests {
     use super::*;
 
-    fn owner(kind: OwnerKind, controller: Option<&str>, says: Option<bool>) -> Option<Owner> {
-        Some(Owner { kind, controller: controller.map(Into::into), says })
+    fn owner(kind: OwnerKind, controller: Option<&str>, says: Option<bool>) -> Owner {
+        Owner { kind, controller: controller.map(Into::into), says }
     }
 
     #[test]
     fn the_nearest_that_says_something_decides() {
         let mut owners = Owners::default();
-        assert!(owners.set(&"rs".into(), owner(OwnerKind::ReplicaSet, Some("deploy"), None)));
+        assert!(owners.set(&"rs".into(), Some(owner(OwnerKind::ReplicaSet, Some("deploy"), None))));
         assert!(!owners.opted_in(None, Some("rs")), "the Deployment is not known");
         assert!(owners.opted_in(Some(true), Some("rs")));
-        assert!(owners.set(&"deploy".into(), owner(OwnerKind::Deployment, None, Some(true))));
-        assert!(!owners.set(&"deploy".into(), owner(OwnerKind::Deployment, None, Some(true))), "no news");
+        assert!(owners.set(&"deploy".into(), Some(owner(OwnerKind::Deployment, None, Some(true)))));
+        assert!(
+            !owners.set(&"deploy".into(), Some(owner(OwnerKind::Deployment, None, Some(true)))),
+            "no news"
+        );
         assert!(owners.opted_in(None, Some("rs")));
         assert!(!owners.opted_in(Some(false), Some("rs")), "the pod's own word wins");
-        assert!(owners.set(&"rs".into(), owner(OwnerKind::ReplicaSet, Some("deploy"), Some(false))));
+        assert!(owners.set(&"rs".into(), Some(owner(OwnerKind::ReplicaSet, Some("deploy"), Some(false)))));
         assert!(!owners.opted_in(None, Some("rs")), "the ReplicaSet is nearer");
         assert!(!owners.opted_in(None, None));
         assert!(!owners.opted_in(None, Some("elsewhere")));
@@ -131,9 +134,9 @@ mod tests {
     #[test]
     fn the_workload_is_the_top_and_a_circle_ends() {
         let mut owners = Owners::default();
-        owners.set(&"rs".into(), owner(OwnerKind::ReplicaSet, Some("deploy"), None));
+        owners.set(&"rs".into(), Some(owner(OwnerKind::ReplicaSet, Some("deploy"), None)));
         assert_eq!((owners.top("rs"), owners.top("deploy"), owners.top("x")), ("deploy", "deploy", "x"));
-        owners.set(&"deploy".into(), owner(OwnerKind::Deployment, Some("rs"), None));
+        owners.set(&"deploy".into(), Some(owner(OwnerKind::Deployment, Some("rs"), None)));
         owners.top("rs");
         assert!(!owners.opted_in(None, Some("rs")));
     }
@@ -141,9 +144,9 @@ mod tests {
     #[test]
     fn keeps_what_tells_something_and_forgets_what_is_gone() {
         let mut owners = Owners::default();
-        assert!(!owners.set(&"plain".into(), owner(OwnerKind::Deployment, None, None)));
-        owners.set(&"rs".into(), owner(OwnerKind::ReplicaSet, Some("deploy"), None));
-        owners.set(&"job".into(), owner(OwnerKind::Job, Some("cron"), None));
+        assert!(!owners.set(&"plain".into(), Some(owner(OwnerKind::Deployment, None, None))));
+        owners.set(&"rs".into(), Some(owner(OwnerKind::ReplicaSet, Some("deploy"), None)));
+        owners.set(&"job".into(), Some(owner(OwnerKind::Job, Some("cron"), None)));
         assert_eq!(owners.by_uid.len(), 2);
         owners.retain(OwnerKind::ReplicaSet, &HashSet::new());
         assert_eq!((owners.top("rs"), owners.top("job")), ("rs", "cron"));

@@ -23,12 +23,15 @@ pub struct Runs {
 /// What the pods of a workload mean by a name: digests, each with the number of containers that run it.
 pub type Meant = BTreeMap<Digest, usize>;
 
+/// Containers by their pods' controller and the digest they run.
+type ByWorkload = HashMap<(Arc<str>, Digest), usize>;
+
 /// What runs. Some 150 bytes a pod; names and digests are shared.
 #[derive(Debug, Default)]
 pub struct Running {
     pods: HashMap<Arc<str>, Runs>,
     /// By namespace and name of the image: by controller and digest how many containers.
-    by_image: HashMap<(Arc<str>, Arc<str>), HashMap<(Arc<str>, Digest), usize>>,
+    by_image: HashMap<(Arc<str>, Arc<str>), ByWorkload>,
     /// By namespace and digest: how many containers.
     by_digest: HashMap<(Arc<str>, Digest), usize>,
     shared: Shared,
@@ -138,17 +141,16 @@ impl Shared {
         text
     }
 
+    fn digest(&mut self, digest: Digest) -> Digest {
+        if let Some(known) = self.digests.get(&digest) {
+            return known.clone();
+        }
+        self.digests.insert(digest.clone());
+        digest
+    }
+
     fn take(&mut self, runs: Runs) -> Runs {
-        let images = runs.images.into_iter().map(|(name, digest)| {
-            let digest = match self.digests.get(&digest) {
-                Some(known) => known.clone(),
-                None => {
-                    self.digests.insert(digest.clone());
-                    digest
-                }
-            };
-            (self.text(name), digest)
-        });
+        let images = runs.images.into_iter().map(|(name, digest)| (self.text(name), self.digest(digest)));
         let mut images: Vec<_> = images.collect();
         images.shrink_to_fit();
         Runs {
@@ -168,12 +170,12 @@ mod tests {
         Digest::sha256(&n.to_le_bytes())
     }
 
-    fn runs(namespace: &str, controller: &str, images: &[(&str, usize)]) -> Option<Runs> {
-        Some(Runs {
+    fn runs(namespace: &str, controller: &str, images: &[(&str, usize)]) -> Runs {
+        Runs {
             namespace: namespace.into(),
             controller: Some(controller.into()),
             images: images.iter().map(|(name, n)| ((*name).into(), digest(*n))).collect(),
-        })
+        }
     }
 
     #[test]
@@ -184,18 +186,21 @@ mod tests {
             owners.set(&rs.into(), Some(owner));
         }
         let mut running = Running::default();
-        assert!(running.set(&"a".into(), runs("shop", "rs-1", &[("r/x:1", 1), ("r/y:1", 5)])));
-        assert!(!running.set(&"a".into(), runs("shop", "rs-1", &[("r/x:1", 1), ("r/y:1", 5)])), "no news");
-        running.set(&"b".into(), runs("shop", "rs-2", &[("r/x:1", 1)]));
-        running.set(&"c".into(), runs("shop", "other", &[("r/x:1", 2)]));
-        running.set(&"d".into(), runs("work", "rs-1", &[("r/x:1", 3)]));
+        assert!(running.set(&"a".into(), Some(runs("shop", "rs-1", &[("r/x:1", 1), ("r/y:1", 5)]))));
+        assert!(
+            !running.set(&"a".into(), Some(runs("shop", "rs-1", &[("r/x:1", 1), ("r/y:1", 5)]))),
+            "no news"
+        );
+        running.set(&"b".into(), Some(runs("shop", "rs-2", &[("r/x:1", 1)])));
+        running.set(&"c".into(), Some(runs("shop", "other", &[("r/x:1", 2)])));
+        running.set(&"d".into(), Some(runs("work", "rs-1", &[("r/x:1", 3)])));
         let of =
             |running: &Running, controller: &str| running.of_workload(&owners, "shop", controller, "r/x:1");
         assert_eq!(of(&running, "rs-2"), Meant::from([(digest(1), 2)]));
         assert_eq!(of(&running, "other"), Meant::from([(digest(2), 1)]));
         assert_eq!(of(&running, "nobody"), Meant::new());
         assert!(running.runs_in("shop", &digest(5)) && !running.runs_in("shop", &digest(3)));
-        running.set(&"b".into(), runs("shop", "rs-2", &[("r/x:1", 4)]));
+        running.set(&"b".into(), Some(runs("shop", "rs-2", &[("r/x:1", 4)])));
         assert_eq!(of(&running, "rs-2"), Meant::from([(digest(1), 1), (digest(4), 1)]));
         running.set(&"a".into(), None);
         assert_eq!(of(&running, "rs-2"), Meant::from([(digest(4), 1)]));
@@ -211,7 +216,7 @@ mod tests {
     fn what_came_and_went_is_not_kept() {
         let mut running = Running::default();
         for n in 0..20_000 {
-            running.set(&"a".into(), runs("shop", &format!("rs-{n}"), &[(&format!("r/x:{n}"), n)]));
+            running.set(&"a".into(), Some(runs("shop", &format!("rs-{n}"), &[(&format!("r/x:{n}"), n)])));
         }
         assert!(running.shared.len() <= 2 * FEW, "{}", running.shared.len());
         assert_eq!((running.by_image.len(), running.by_digest.len()), (1, 1));
@@ -221,7 +226,7 @@ mod tests {
     fn pods_of_one_image_share_what_is_kept_of_it() {
         let mut running = Running::default();
         for n in 0..1000 {
-            running.set(&format!("pod-{n}").into(), runs("shop", "rs", &[("r/x:1", 1)]));
+            running.set(&format!("pod-{n}").into(), Some(runs("shop", "rs", &[("r/x:1", 1)])));
         }
         assert_eq!((running.shared.len(), running.by_image.len()), (4, 1));
         let names: HashSet<*const u8> = running.pods.values().map(|runs| runs.images[0].0.as_ptr()).collect();

@@ -286,9 +286,9 @@ mod tests {
 
     #[test]
     fn knows_when_an_image_was_made_if_it_says_so() {
-        let of = |says: &str| {
+        let of = |member: &str| {
             let text = format!(
-                r#"{{{says}"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":[]}}}}"#
+                r#"{{{member}"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":[]}}}}"#
             );
             assert!(diff_ids(text.as_bytes()).is_ok());
             created(text.as_bytes())

@@ -71,21 +71,22 @@ fn selecting(kind: &str, template: &Value) -> Value {
     })
 }
 
-fn deployment(template: Value) -> Value {
-    selecting("Deployment", &template)
+fn deployment(template: &Value) -> Value {
+    selecting("Deployment", template)
 }
 
-fn daemon_set(template: Value) -> Value {
-    selecting("DaemonSet", &template)
+fn daemon_set(template: &Value) -> Value {
+    selecting("DaemonSet", template)
 }
 
-fn stateful_set(template: Value) -> Value {
-    let mut object = selecting("StatefulSet", &template);
+fn stateful_set(template: &Value) -> Value {
+    let mut object = selecting("StatefulSet", template);
     object["spec"]["serviceName"] = json!("waiting");
     object
 }
 
-fn job(mut template: Value) -> Value {
+fn job(template: &Value) -> Value {
+    let mut template = template.clone();
     template["spec"]["restartPolicy"] = json!("Never");
     json!({
         "apiVersion": "batch/v1", "kind": "Job", "metadata": { "name": "waiting" },
@@ -93,7 +94,7 @@ fn job(mut template: Value) -> Value {
     })
 }
 
-fn cron_job(template: Value) -> Value {
+fn cron_job(template: &Value) -> Value {
     json!({
         "apiVersion": "batch/v1", "kind": "CronJob", "metadata": { "name": "waiting" },
         "spec": {
@@ -158,7 +159,7 @@ async fn cached_on_source(play: &Play) -> Result<String> {
 }
 
 /// The annotation is on the object alone, not on its pods.
-async fn opted_in_by<K>(play: Play, around: fn(Value) -> Value) -> Result<()>
+async fn opted_in_by<K>(play: Play, around: fn(&Value) -> Value) -> Result<()>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
         + Clone
@@ -168,7 +169,7 @@ where
 {
     let pinned = cached_on_source(&play).await?;
     let target = play.target()?.name().to_owned();
-    let mut object = around(template(&target, &pinned));
+    let mut object = around(&template(&target, &pinned));
     object["metadata"]["annotations"] = json!({ AUTO_SALVAGE: "true" });
     create::<K>(&play, object).await?;
     let pod = until_one(&play, "to be ready", NEXT_MINUTE, is_ready).await?;
@@ -181,7 +182,7 @@ where
 async fn opted_in_later(play: Play) -> Result<()> {
     let pinned = cached_on_source(&play).await?;
     let target = play.target()?.name().to_owned();
-    let deployments = create::<Deployment>(&play, deployment(template(&target, &pinned))).await?;
+    let deployments = create::<Deployment>(&play, deployment(&template(&target, &pinned))).await?;
     let pod = until_one(&play, "that cannot pull", SOON, fails_to_pull).await?.name_any();
     no_job(&play).await?;
     nothing_said(&play, &pod).await?;
@@ -197,7 +198,7 @@ async fn false_on_the_pod(play: Play) -> Result<()> {
     let pinned = cached_on_source(&play).await?;
     let mut template = template(play.target()?.name(), &pinned);
     template["metadata"]["annotations"] = json!({ AUTO_SALVAGE: "false" });
-    let mut object = deployment(template);
+    let mut object = deployment(&template);
     object["metadata"]["annotations"] = json!({ AUTO_SALVAGE: "true" });
     create::<Deployment>(&play, object).await?;
     let pod = until_one(&play, "that cannot pull", SOON, fails_to_pull).await?;
@@ -209,7 +210,7 @@ async fn false_on_the_pod(play: Play) -> Result<()> {
 async fn tag_by_workload(play: Play) -> Result<()> {
     let (old, new) = (play.image_seeded("tiny", "old")?, play.image_seeded("tiny", "new")?);
     let (tagged, _) = play.push(&old).await?;
-    let mut object = deployment(template("n1", &tagged));
+    let mut object = deployment(&template("n1", &tagged));
     object["metadata"]["annotations"] = json!({ AUTO_SALVAGE: "true" });
     let deployments = create::<Deployment>(&play, object).await?;
     let first = until_one(&play, "to be ready", SOON, is_ready).await?.name_any();
@@ -218,11 +219,11 @@ async fn tag_by_workload(play: Play) -> Result<()> {
     play.registry.stop()?;
     // A rollout that changes nothing but the node leaves the first pod until the second is ready.
     let target = play.target()?.name();
-    let node = json!({ "spec": {
+    let moved = json!({ "spec": {
         "strategy": { "rollingUpdate": { "maxUnavailable": 0, "maxSurge": 1 } },
         "template": { "spec": { "nodeSelector": { "kubernetes.io/hostname": target } } },
     } });
-    deployments.patch("waiting", &PatchParams::default(), &Patch::Merge(node)).await?;
+    deployments.patch("waiting", &PatchParams::default(), &Patch::Merge(moved)).await?;
     let second = until_one(&play, "to be ready on the other node", SOON, |pod| {
         pod.name_any() != first && is_ready(pod)
     });

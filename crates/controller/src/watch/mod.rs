@@ -37,8 +37,8 @@ pub(crate) struct Meaning {
 
 impl Meaning {
     /// An object that is kept, and means one event.
-    pub(crate) fn new(key: Arc<str>, event: Event) -> Option<Self> {
-        Some(Self { key, events: vec![event], keep: true })
+    pub(crate) fn new(key: Arc<str>, event: Event) -> Self {
+        Self { key, events: vec![event], keep: true }
     }
 }
 
@@ -52,7 +52,7 @@ pub async fn namespaces(client: Client, events: mpsc::Sender<Event>) {
         let annotations = metadata.annotations.as_ref().unwrap_or(&none);
         let says = (!gone).then(|| consent(&key, annotations, metadata.deletion_timestamp.is_some()));
         let event = Event::Namespace { name: key.clone(), consent: says };
-        Meaning::new(key, event)
+        Some(Meaning::new(key, event))
     })
     .await;
 }
@@ -64,7 +64,7 @@ pub async fn jobs(client: Client, events: mpsc::Sender<Event>) {
         let key: Arc<str> = job.metadata.uid.as_deref()?.into();
         let event =
             if gone { Event::JobGone { uid: key.clone() } } else { Event::Job(Box::new(job.clone())) };
-        Meaning::new(key, event)
+        Some(Meaning::new(key, event))
     })
     .await;
 }

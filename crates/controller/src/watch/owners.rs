@@ -46,7 +46,7 @@ where
     follow(api, config, Some(PATIENCE), Kind::Owners(kind), events, |object, gone| {
         let uid: Arc<str> = object.metadata.uid.as_deref()?.into();
         let owner = (!gone).then(|| owner(kind, &object.metadata));
-        Meaning::new(uid.clone(), Event::Owner { uid, owner })
+        Some(Meaning::new(uid.clone(), Event::Owner { uid, owner }))
     })
     .await;
 }

@@ -69,11 +69,14 @@ struct SlimImage {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(default)]
 struct SlimStatus {
-    init_container_statuses: Vec<SlimContainerStatus>,
-    container_statuses: Vec<SlimContainerStatus>,
-    ephemeral_container_statuses: Vec<SlimContainerStatus>,
+    #[serde(rename = "initContainerStatuses")]
+    init: Vec<SlimContainerStatus>,
+    #[serde(rename = "containerStatuses")]
+    main: Vec<SlimContainerStatus>,
+    #[serde(rename = "ephemeralContainerStatuses")]
+    ephemeral: Vec<SlimContainerStatus>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -135,9 +138,9 @@ impl SlimPod {
     fn view(&self) -> PodView {
         let (spec, status) = (&self.spec, &self.status);
         let kinds = [
-            ("initContainers", &spec.init_containers, &status.init_container_statuses),
-            ("containers", &spec.containers, &status.container_statuses),
-            ("ephemeralContainers", &spec.ephemeral_containers, &status.ephemeral_container_statuses),
+            ("initContainers", &spec.init_containers, &status.init),
+            ("containers", &spec.containers, &status.main),
+            ("ephemeralContainers", &spec.ephemeral_containers, &status.ephemeral),
         ];
         let volumes = spec.volumes.iter().filter_map(|volume| {
             let image = volume.image.as_ref()?;
