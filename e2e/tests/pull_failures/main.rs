@@ -15,7 +15,7 @@ use serde_json::json;
 use shelf::{Claim, digest};
 use tote_controller::detect::class::Class;
 use tote_e2e::images::{Build, BuildIndex, Compression, Entry, Layer, Platform};
-use tote_e2e::registry::{Control, Effect, Mode};
+use tote_e2e::registry::{Control, Effect, Mode, hosts_toml};
 use tote_e2e::tools::Containerd;
 
 #[test]
@@ -39,6 +39,7 @@ fn all(version: Containerd) {
     refusals(&mut node);
     connections(&mut node);
     stalls(&mut node);
+    verdicts(&mut node);
     certificates(&mut node);
     bodies(&mut node);
     shapes(&mut node);
@@ -101,7 +102,7 @@ fn refusals(node: &mut Node) {
 fn connections(node: &mut Node) {
     let image = node.image("connections");
     let (repository, _) = image.reference.split_once('@').unwrap();
-    // A digest would be asked for at two addresses, and twice the 30 s that containerd waits for a connection.
+    // A digest would be asked for at two paths, and take twice as long.
     let tag = format!("{repository}:1");
     node.registry.mode(Mode::Refusing).unwrap();
     node.fails("closed port", Class::Refused, &tag);
@@ -110,7 +111,7 @@ fn connections(node: &mut Node) {
     // A mirror before a registry, and both down.
     node.registry.mode(Mode::Refusing).unwrap();
     let address = node.registry.address();
-    node.hosts("registry.test", &format!("server = \"http://{address}\"\n"));
+    node.hosts("registry.test", &hosts_toml(address));
     node.fails("mirror down", Class::Mirror, "registry.test/x:1");
 }
 
@@ -126,9 +127,19 @@ fn stalls(node: &mut Node) {
         node.registry.mode(Mode::Hanging).unwrap();
         node.fails("no answer", Class::Stalled, &image.reference);
     }
-    let image = node.image("stalls");
-    node.rule(&image.layer, Effect::Throttle(1 << 16));
+    let image = node.push("stalls", |layout| big().write(layout).unwrap());
+    node.rule(&image.layer, Effect::Throttle(1 << 22));
     node.stalls("stalls", Class::Stalled, &image);
+}
+
+/// Somebody has said no, on the node. 2.x asks programs; those before do not.
+fn verdicts(node: &mut Node) {
+    if node.version() == Containerd::V2 {
+        let image = node.image("unsigned");
+        let program = node.verifier();
+        node.fails("verifier says no", Class::Signature, &image.reference);
+        std::fs::remove_file(program).unwrap();
+    }
 }
 
 /// Certificates, and none.
@@ -238,12 +249,13 @@ fn stores(node: &mut Node) {
 
 /// No space left.
 fn full(node: &mut Node) {
-    let image = node.push("full", |layout| {
-        let layer = Layer::new(Compression::Gzip).with(Entry::random("payload", 8 << 20, "full"));
-        Build::new().layer(layer).write(layout).unwrap()
-    });
+    let image = node.push("full", |layout| big().write(layout).unwrap());
     node.shrink();
     node.fails("disk full", Class::Disk, &image.reference);
+}
+
+fn big() -> Build {
+    Build::new().layer(Layer::new(Compression::Gzip).with(Entry::random("payload", 8 << 20, "big")))
 }
 
 fn small(seed: &str) -> Build {

@@ -1,6 +1,7 @@
 //! A private containerd and its registries, and the book of what failed on it.
 
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,8 +21,9 @@ use crate::shelf::Shelf;
 pub const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 pub const TAR_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
-/// A pull that does not end by itself is given up.
-const LIMIT: Duration = Duration::from_secs(50);
+/// A pull that does not end by itself is given up: later than containerd has waited 30 s for a connection to each of two
+/// hosts.
+const LIMIT: Duration = Duration::from_secs(80);
 
 /// An image in the registry, by the digests of its parts.
 pub struct Pushed {
@@ -66,7 +68,21 @@ impl Node {
         self.daemon.version()
     }
 
-    /// Starts containerd again with 3 s as the time without progress after which it gives a pull up.
+    fn verifiers(&self) -> PathBuf {
+        self.daemon.dir().join("verifiers")
+    }
+
+    /// Installs a program that refuses every image, until its file is removed.
+    pub fn verifier(&self) -> PathBuf {
+        let program = self.verifiers().join("refuse");
+        std::fs::create_dir_all(self.verifiers()).unwrap();
+        std::fs::write(&program, "#!/bin/sh\necho unsigned\nexit 1\n").unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        program
+    }
+
+    /// Starts containerd again with 3 s as the time without progress after which it gives a pull up, and a directory of
+    /// its own for what verifies images.
     pub fn impatient(&mut self) {
         let file = self.daemon.dir().join("config.toml");
         let config = std::fs::read_to_string(&file).unwrap();
@@ -77,6 +93,9 @@ impl Node {
         };
         assert!(config.contains(after), "{config}");
         let config = config.replace(after, &format!("{after}image_pull_progress_timeout = \"3s\"\n"));
+        let verifiers = self.verifiers();
+        let section = "[plugins.\"io.containerd.image-verifier.v1.bindir\"]";
+        let config = format!("{config}\n{section}\nbin_dir = \"{}\"\n", verifiers.display());
         std::fs::write(&file, config).unwrap();
         self.daemon.restart().unwrap();
     }
@@ -155,7 +174,7 @@ impl Node {
                     .registry
                     .requests()?
                     .iter()
-                    .any(|request| request.path.contains(&image.layer) && request.bytes > 0))
+                    .any(|request| request.path.contains(&image.layer) && request.bytes > 2 << 20))
             })
             .unwrap();
             self.registry.mode(Mode::Hanging).unwrap();

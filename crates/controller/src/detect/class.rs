@@ -218,8 +218,8 @@ pub fn classify(evidence: &Evidence<'_>) -> Class {
 
 /// Whether a message is nothing but `Back-off pulling image "x"`, or nothing at all.
 fn forgetful(message: &str) -> bool {
-    message.is_empty()
-        || message.strip_prefix("Back-off pulling image \"").is_some_and(|rest| rest.ends_with('"'))
+    let image = message.strip_prefix("Back-off pulling image \"").and_then(|rest| rest.strip_suffix('"'));
+    message.is_empty() || image.is_some_and(|image| !image.contains('"'))
 }
 
 /// Whether the request that failed went to another host than the image's registry. Token servers and stores of blobs are

@@ -172,7 +172,6 @@ pub(super) static RULES: &[Rule] = &[
     pull(Class::Timeout, &["context deadline exceeded"]),
     pull(Class::Timeout, &["Client.Timeout exceeded "]),
     pull(Class::CorruptTransfer, &["failed commit on ref "]),
-    pull(Class::CutOff, &["httpReadSeeker: failed open: "]),
     // An image that the node believes to have.
     reason(Class::CorruptStore, "ImageInspectError"),
     create(Class::CorruptStore, &["failed to get image from containerd "]),
@@ -184,6 +183,7 @@ pub(super) static RULES: &[Rule] = &[
     // Wrappers, and wordings of registries and other runtimes. A refusal in unknown words is a refusal.
     pull(Class::RegistryUnavailable, &["unexpected status"]),
     pull(Class::RegistryUnavailable, &["failed with status code ["]),
+    pull(Class::CutOff, &["httpReadSeeker: failed open: "]),
     reason(Class::RegistryUnavailable, "RegistryUnavailable"),
     pull(Class::RegistryUnavailable, &["because the registry is unavailable"]),
     pull(Class::BadCredentials, &[" unauthorized"]),
