@@ -122,9 +122,9 @@ impl Cri {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
         });
-        let _inside = runtime.enter();
+        let inside = runtime.enter();
         let channel = Endpoint::from_static("http://containerd").connect_with_connector_lazy(connector);
-        drop(_inside);
+        drop(inside);
         Self { channel, runtime }
     }
 

@@ -152,7 +152,7 @@ fn certificates(node: &mut Node) {
         ("expired", expired, true),
         ("another's certificate", params("other.test"), true),
     ] {
-        let (address, pem) = node.shelf.tls(params);
+        let (address, pem) = node.shelf.tls(&params);
         let ca = node.ca(&pem);
         let ca = if trusted { format!("ca = \"{}\"\n", ca.display()) } else { String::new() };
         node.hosts(

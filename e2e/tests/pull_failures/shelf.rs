@@ -88,9 +88,9 @@ impl Shelf {
 
     /// Serves TLS with this certificate on a port of its own, and nothing behind it; returns where, and the
     /// certificate.
-    pub fn tls(&self, params: CertificateParams) -> (SocketAddr, String) {
+    pub fn tls(&self, params: &CertificateParams) -> (SocketAddr, String) {
         let key = KeyPair::generate().unwrap();
-        let certificate = params.self_signed(&key).unwrap();
+        let certificate = params.clone().self_signed(&key).unwrap();
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
