@@ -9,6 +9,8 @@ mod cri;
 mod node;
 mod shelf;
 
+use std::net::SocketAddr;
+
 use node::Node;
 use rcgen::{CertificateParams, date_time_ymd};
 use serde_json::json;
@@ -106,13 +108,22 @@ fn connections(node: &mut Node) {
     let tag = format!("{repository}:1");
     node.registry.mode(Mode::Refusing).unwrap();
     node.fails("closed port", Class::Refused, &tag);
+    let address = node.registry.address();
+    let usual = node.hosts(&address.to_string(), &brisk(address));
     node.registry.mode(Mode::Dropping).unwrap();
     node.fails("black hole", Class::Timeout, &tag);
+    node.hosts(&address.to_string(), &usual);
     // A mirror before a registry, and both down.
     node.registry.mode(Mode::Refusing).unwrap();
-    let address = node.registry.address();
     node.hosts("registry.test", &hosts_toml(address));
     node.fails("mirror down", Class::Mirror, "registry.test/x:1");
+}
+
+/// As [`hosts_toml`], but 2.x waits 2 s for a connection: its retries would make minutes of 30 s. Those before know no such
+/// key.
+fn brisk(address: SocketAddr) -> String {
+    let dial = "dial_timeout = \"2s\"\n";
+    format!("{dial}{}{dial}", hosts_toml(address))
 }
 
 /// It begins, and goes no further. 1.6 has no limit to that: such a pull never ends. Nor does one on 2.x if there was not
@@ -228,7 +239,7 @@ fn stores(node: &mut Node) {
         node.pull(&image.reference).unwrap();
         let blob = if what == "config" { &image.config } else { &image.manifest };
         node.remove_blob(blob);
-        let made = node.cri.container(&sandbox, "pod", what, &image.reference);
+        let made = node.container(&sandbox, what, &image.reference);
         node.outcome(
             &format!("{what} gone from the store"),
             Class::CorruptStore,
@@ -241,7 +252,7 @@ fn stores(node: &mut Node) {
     let image = node.image("without-layer");
     node.fetch_only(&image.reference);
     node.remove_blob(&image.layer);
-    let made = node.cri.container(&sandbox, "pod", "layer", &image.reference);
+    let made = node.container(&sandbox, "layer", &image.reference);
     node.outcome("layer gone from the store", Class::CorruptStore, "CreateContainerError", made);
     let again = node.pull(&image.reference);
     node.outcome("layer gone, pulled again", Class::CorruptStore, "ErrImagePull", again);

@@ -225,6 +225,17 @@ impl Node {
         self.daemon.ctr(&fetch).unwrap();
     }
 
+    /// Makes a container in the sandbox of pod `pod`, once CRI knows the image: it hears of new ones a little later.
+    pub fn container(&self, sandbox: &str, name: &str, image: &str) -> Result<String, String> {
+        let mut outcome = Err(String::new());
+        wait_until("CRI knows the image", Duration::from_secs(10), || {
+            outcome = self.cri.container(sandbox, "pod", name, image);
+            Ok(!matches!(&outcome, Err(message) if message.contains("failed to resolve image")))
+        })
+        .unwrap();
+        outcome
+    }
+
     /// Removes a blob's file behind containerd's back.
     pub fn remove_blob(&self, digest: &str) {
         let blobs = self.daemon.root().join("io.containerd.content.v1.content/blobs/sha256");
