@@ -1,7 +1,7 @@
 //! The messages of each class: an ordered table, of which the first rule that matches decides.
 //!
-//! Order: what a person or a policy has decided, then the node's own state, then how far the request came: not out of the
-//! node, not to the registry, an answer, a body, a store. Text that only wraps another error comes last.
+//! Order: what a person or a policy has decided, the node's own state, the image's form, then how far the request came: not
+//! to the registry, an answer, a body. Text that only wraps another error comes last.
 
 use super::Class;
 
