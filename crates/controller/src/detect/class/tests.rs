@@ -1,5 +1,5 @@
-//! The rules on real messages: those that were caused, and those of the sources of kubelet, containerd, CRI-O and
-//! registries that could not be.
+//! The rules on messages: those that were caused on real containerds, and those put together from the texts of kubelet,
+//! containerd, CRI-O and registries that could not be.
 
 use super::rules::RULES;
 use super::*;
@@ -51,7 +51,7 @@ fn evidence<'a>(reason: &'a str, message: &'a str) -> Evidence<'a> {
 }
 
 #[test]
-fn classes_real_messages() {
+fn classes_each_message() {
     let samples = all();
     assert!(samples.len() > 200, "{}", samples.len());
     for sample in samples {
