@@ -1,6 +1,7 @@
 //! tote-controller: finds pods that cannot pull an image which other nodes hold, and has it brought to them.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,8 @@ use tote_controller::ca::Names;
 use tote_controller::decide::Policy;
 use tote_controller::http::{self, Health};
 use tote_controller::leader::Leader;
+use tote_controller::lookup::Upstream;
+use tote_controller::registry::{self, HostPattern, Lookup};
 use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
 use tote_rpc::identity::Identity;
@@ -64,6 +67,25 @@ struct Flags {
     /// How long a node may go on reading for a transfer whose controller is gone, as 5m.
     #[arg(long, default_value = "5m", value_parser = session_ttl)]
     session_ttl: Duration,
+    /// Ask an image's registry where the nodes do not tell what its tag means.
+    #[arg(long, default_value_t = false, action = ArgAction::Set)]
+    registry_resolve: bool,
+    /// A registry that may be asked, as image references name it (registry.example.com:5000, docker.io, *.example.com); once for
+    /// each. Any that is not named is left alone, for tenants choose where their images come from.
+    #[arg(long)]
+    registry_resolve_host: Vec<HostPattern>,
+    /// Ask with the pull secrets of the pod that waits.
+    #[arg(long, default_value_t = false, action = ArgAction::Set)]
+    registry_use_pull_secrets: bool,
+    /// How long a registry may take to answer in all, as 5s.
+    #[arg(long, default_value = "5s", value_parser = registry_timeout)]
+    registry_timeout: Duration,
+    /// One of these registries that is asked by plain HTTP; once for each.
+    #[arg(long)]
+    registry_insecure: Vec<HostPattern>,
+    /// A file of certificate authorities (PEM) that vouch for registries, beside the public ones.
+    #[arg(long)]
+    registry_ca_file: Option<PathBuf>,
     /// Name of the Lease that replicas share, in this pod's namespace.
     #[arg(long, default_value = "tote")]
     lease_name: String,
@@ -107,6 +129,10 @@ fn session_ttl(text: &str) -> Result<Duration, String> {
     time(text, (Duration::from_secs(15), Duration::from_secs(24 * 3600)))
 }
 
+fn registry_timeout(text: &str) -> Result<Duration, String> {
+    time(text, (Duration::from_secs(1), Duration::from_secs(60)))
+}
+
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if n > 0 => Ok(n),
@@ -147,6 +173,7 @@ async fn run(flags: Flags) -> Result<(), String> {
     if flags.ca_secret.as_ref() == Some(&flags.ca_name) {
         return Err(format!("--ca-secret {0}: must be another Secret than --ca-name {0}", flags.ca_name));
     }
+    let upstream = upstream(&flags)?;
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| format!("signals: {error}"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| format!("signals: {error}"))?;
@@ -168,6 +195,7 @@ async fn run(flags: Flags) -> Result<(), String> {
         policy: Policy {
             enabled: flags.enabled,
             limits: Limits { fleet: flags.max_concurrent_salvages, target: PER_TARGET, source: PER_SOURCE },
+            look_up: upstream.is_some(),
         },
         namespace: flags.pod_namespace.clone(),
         me: flags.pod_name.clone(),
@@ -183,6 +211,7 @@ async fn run(flags: Flags) -> Result<(), String> {
         identity: Identity::new().map_err(|error| format!("cannot make a key: {error}"))?,
         certificate_life: flags.certificate_lifetime,
         grant_life: flags.session_ttl,
+        upstream,
     };
     let (terms, mut current) = watch::channel(None);
     let leader = Leader::new(client.clone(), &flags.pod_namespace, &flags.lease_name, &flags.pod_name);
@@ -207,6 +236,28 @@ async fn run(flags: Flags) -> Result<(), String> {
     let _ = candidate.await;
     let _ = tokio::time::timeout(Duration::from_secs(2), server).await;
     Ok(())
+}
+
+/// How registries are asked, if they are.
+fn upstream(flags: &Flags) -> Result<Option<Upstream>, String> {
+    if !flags.registry_resolve {
+        return Ok(None);
+    }
+    if flags.registry_resolve_host.is_empty() {
+        return Err("--registry-resolve: name the registries that may be asked with --registry-resolve-host"
+            .to_owned());
+    }
+    let read = |path: &PathBuf| {
+        std::fs::read(path).map_err(|error| format!("--registry-ca-file {}: {error}", path.display()))
+    };
+    let settings = registry::Settings {
+        hosts: flags.registry_resolve_host.clone(),
+        insecure: flags.registry_insecure.clone(),
+        timeout: flags.registry_timeout,
+        ca_pem: flags.registry_ca_file.as_ref().map(read).transpose()?,
+    };
+    let lookup = Lookup::new(settings).map_err(|error| format!("--registry-resolve: {error}"))?;
+    Ok(Some(Upstream { lookup: Arc::new(lookup), pull_secrets: flags.registry_use_pull_secrets }))
 }
 
 /// A client of an API server that answers.

@@ -51,6 +51,8 @@ pub struct Metrics {
     enrolments: Family<ResultLabel, Counter>,
     authority_changes: Family<StepLabel, Counter>,
     authority_ends: Gauge,
+    resolves: Family<ResultLabel, Counter>,
+    resolve_duration: Histogram,
 }
 
 impl Default for Metrics {
@@ -100,6 +102,20 @@ impl Default for Metrics {
         let authority_changes: Family<StepLabel, Counter> = Family::default();
         let help = "Steps of replacing the certificate authority";
         registry.register("ca_changes", help, authority_changes.clone());
+        let resolves: Family<ResultLabel, Counter> = Family::default();
+        registry.register(
+            "registry_resolve",
+            "Registries asked what a tag means, by what came of it",
+            resolves.clone(),
+        );
+        let resolve_duration = Histogram::new(exponential_buckets(0.01, 2.0, 12));
+        let help = "Time a registry took to tell what a tag means";
+        registry.register_with_unit(
+            "registry_resolve_duration",
+            help,
+            Unit::Seconds,
+            resolve_duration.clone(),
+        );
         let decision = Histogram::new(exponential_buckets(0.00001, 4.0, 10));
         registry.register_with_unit("decision", "Time one decision took", Unit::Seconds, decision.clone());
         Self {
@@ -122,6 +138,8 @@ impl Default for Metrics {
             enrolments,
             authority_changes,
             authority_ends,
+            resolves,
+            resolve_duration,
         }
     }
 }
@@ -164,6 +182,12 @@ impl Metrics {
         self.enrolments.get_or_create(&ResultLabel { result }).inc();
     }
 
+    /// A registry was asked, and took so long.
+    pub fn looked_up(&self, result: &'static str, took: Duration) {
+        self.resolves.get_or_create(&ResultLabel { result }).inc();
+        self.resolve_duration.observe(took.as_secs_f64());
+    }
+
     /// The certificate authority was staged, promoted or retired.
     pub fn authority_changed(&self, step: &'static str) {
         self.authority_changes.get_or_create(&StepLabel { step }).inc();
@@ -202,6 +226,7 @@ mod tests {
         metrics.count(Count::Success(Duration::from_secs(1), 5));
         let figures = Figures { jobs: [1, 0, 2, 0], nodes_up: 3, images: 4, waiting: 5 };
         metrics.figures(&figures, 0.001);
+        metrics.looked_up("found", Duration::from_secs(1));
         let text = metrics.text().unwrap();
         for line in [
             "tote_detected_total 0",
@@ -212,6 +237,8 @@ mod tests {
             "tote_salvage_moved_bytes_total 5",
             "tote_salvage_jobs{phase=\"Imported\"} 2",
             "tote_agents_connected 3",
+            "tote_registry_resolve_total{result=\"found\"} 1",
+            "tote_registry_resolve_duration_seconds_count 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
         }

@@ -19,6 +19,7 @@ use tote_rpc::v1;
 use crate::decide::{About, Action, CreateAnswer, Event, NewJob, version};
 use crate::fleet::{Agents, Grants};
 use crate::http::Health;
+use crate::lookup::Upstream;
 use crate::transfer;
 
 /// How long one call of the API server may take.
@@ -64,6 +65,7 @@ pub struct Performer {
     /// at the latest.
     granted: HashMap<Arc<str>, (Grants, Instant)>,
     grant_life: Duration,
+    upstream: Option<Upstream>,
     tasks: JoinSet<()>,
 }
 
@@ -76,6 +78,7 @@ impl Performer {
         term: v1::Term,
         events: mpsc::Sender<Event>,
         health: Arc<Health>,
+        upstream: Option<Upstream>,
     ) -> Self {
         let reporter = Reporter { controller: names::MANAGER.to_owned(), instance: Some(me.to_owned()) };
         Self {
@@ -92,6 +95,7 @@ impl Performer {
             cancels: HashMap::new(),
             granted: HashMap::new(),
             grant_life,
+            upstream,
             tasks: JoinSet::new(),
         }
     }
@@ -102,6 +106,15 @@ impl Performer {
         let calls = self.calls.clone();
         match action {
             Action::Count(count) => self.health.metrics.count(count),
+            Action::LookUp(question) => {
+                let (client, health, events) =
+                    (self.client.clone(), self.health.clone(), self.events.clone());
+                let Some(upstream) = self.upstream.clone() else { return };
+                self.tasks.spawn(async move {
+                    let answer = upstream.ask(client, &question, &health.metrics).await;
+                    let _ = events.send(Event::LookedUp { question: Box::new(question), answer }).await;
+                });
+            }
             Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
                 let sources = sources
                     .into_iter()

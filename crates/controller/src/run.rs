@@ -16,6 +16,7 @@ use crate::decide::{Event, Policy, State};
 use crate::fleet::{Agents, Enrolment, Fleet, FleetEvent};
 use crate::http::Health;
 use crate::leader::Term;
+use crate::lookup::Upstream;
 use crate::perform::Performer;
 use crate::watch;
 
@@ -48,6 +49,8 @@ pub struct Settings {
     pub certificate_life: Duration,
     /// How long a grant lasts unless it is given again.
     pub grant_life: Duration,
+    /// How registries are asked, if [`Policy::look_up`] says that they are.
+    pub upstream: Option<Upstream>,
 }
 
 /// How far back the clock may be set without notice.
@@ -90,8 +93,15 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
         let _ = standing.wait_for(Option::is_some).await;
         watch::agents(agents_client, &agents_of.0, &agents_of.1, settings.agent_port, fleet).await;
     });
-    let mut performer =
-        Performer::new(client, &settings.me, (agents, settings.grant_life), term, events, health.clone());
+    let mut performer = Performer::new(
+        client,
+        &settings.me,
+        (agents, settings.grant_life),
+        term,
+        events,
+        health.clone(),
+        settings.upstream,
+    );
     let mut state = State::new(settings.policy);
     let mut again = None;
     let mut clock = Clock { wall: Timestamp::now(), steady: Instant::now() };

@@ -39,8 +39,15 @@ pub struct SlimPod {
 #[serde(rename_all = "camelCase", default)]
 struct SlimSpec {
     node_name: String,
+    image_pull_secrets: Vec<SlimName>,
     init_containers: Vec<SlimContainer>,
     containers: Vec<SlimContainer>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct SlimName {
+    name: String,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -129,6 +136,12 @@ impl SlimPod {
             annotations: self.metadata.annotations.clone().unwrap_or_default(),
             terminating: self.metadata.deletion_timestamp.is_some(),
             node: self.spec.node_name.clone(),
+            pull_secrets: self
+                .spec
+                .image_pull_secrets
+                .iter()
+                .map(|secret| secret.name.as_str().into())
+                .collect(),
             containers: all,
         }
     }
@@ -315,7 +328,7 @@ mod tests {
             "metadata": {"name": "web", "namespace": "shop", "uid": "u", "resourceVersion": "1",
                 "annotations": {"tote.dev/auto-salvage": "true"}, "labels": {"a": "b"},
                 "managedFields": [{"manager": "kubelet", "fieldsV1": {"f:status": {}}}]},
-            "spec": {"nodeName": "n1", "volumes": [],
+            "spec": {"nodeName": "n1", "volumes": [], "imagePullSecrets": [{"name": "corp"}],
                 "initContainers": [{"name": "init", "image": "busybox", "imagePullPolicy": "IfNotPresent"}],
                 "containers": [{"name": "web", "image": "r.test/x:1", "imagePullPolicy": "Never"}]},
             "status": {"phase": "Pending",
@@ -327,6 +340,7 @@ mod tests {
         assert!(pod.metadata.managed_fields.is_none() && pod.metadata.labels.is_none());
         let waiting = waiting(&pod.view()).unwrap();
         assert_eq!(waiting.waits.len(), 1);
+        assert_eq!(waiting.pull_secrets, ["corp".into()]);
         assert_eq!(waiting.waits[0].field_path, "spec.containers{web}");
         assert_eq!(waiting.waits[0].reason, "ErrImageNeverPull");
         assert!(waiting.opted_in);

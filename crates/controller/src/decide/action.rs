@@ -7,6 +7,7 @@ use std::time::Duration;
 use tote_api::SalvageJobStatus;
 use tote_image::Digest;
 
+use super::Question;
 use crate::fleet::NodeName;
 use crate::salvage::Source;
 
@@ -68,6 +69,8 @@ pub enum Action {
         /// Name of the transfer.
         transfer_id: String,
     },
+    /// Ask a registry what a reference means.
+    LookUp(Question),
     /// Annotate a pod so that kubelet looks at it.
     WakePod {
         /// Namespace.

@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use tote_api::SalvageJob;
+use tote_image::Digest;
 
+use super::Question;
 use crate::detect::{Consent, WaitingPod};
 use crate::fleet::{FleetEvent, NodeName};
 use crate::salvage::Progress;
@@ -77,6 +79,13 @@ pub enum Event {
         /// What the API server said.
         answer: CreateAnswer,
     },
+    /// A registry was asked.
+    LookedUp {
+        /// For what.
+        question: Box<Question>,
+        /// What it said.
+        answer: LookupAnswer,
+    },
     /// A status was written, or not.
     StatusWritten {
         /// The job's UID.
@@ -100,6 +109,17 @@ pub enum CreateAnswer {
     Taken(u32),
     /// There is none; why.
     Refused(String),
+}
+
+/// What came of asking a registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LookupAnswer {
+    /// The reference means this.
+    Is(Digest),
+    /// The registry answers that it has no such image; its words, for a person.
+    Absent(String),
+    /// It gave no answer, or was not to be asked; why.
+    Failed(String),
 }
 
 /// What a transfer tells.

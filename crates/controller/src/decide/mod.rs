@@ -1,6 +1,6 @@
 //! The state of the controller: takes in events, gives out actions. No effects, no clock of its own.
 //!
-//! `pods` (with `ask` and `wake`) decides over pods that wait, `jobs` (with `book`) over `SalvageJob`s; both only from
+//! `pods` (with `ask`, `lookups` and `wake`) decides over pods that wait, `jobs` (with `book`) over `SalvageJob`s; both only from
 //! what is known here.
 
 mod action;
@@ -9,6 +9,7 @@ mod book;
 mod entry;
 mod event;
 mod jobs;
+mod lookups;
 mod pods;
 #[cfg(test)]
 mod tests;
@@ -23,7 +24,8 @@ use tote_image::Reference;
 
 pub use action::{About, Action, Count, NewJob};
 pub use book::version;
-pub use event::{CreateAnswer, Event, Kind, TransferEvent};
+pub use event::{CreateAnswer, Event, Kind, LookupAnswer, TransferEvent};
+pub use lookups::Question;
 
 use crate::detect::WaitingPod;
 use crate::salvage::{Job, Limits};
@@ -31,6 +33,7 @@ use crate::world::World;
 use ask::Asked;
 use book::Book;
 use entry::PodEntry;
+use lookups::Lookups;
 
 /// What the operator's flags set.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +42,8 @@ pub struct Policy {
     pub enabled: bool,
     /// Bounds of what runs at once.
     pub limits: Limits,
+    /// Whether registries are asked where the nodes do not tell what a tag means.
+    pub look_up: bool,
 }
 
 /// All that is known.
@@ -51,6 +56,7 @@ pub struct State {
     by_image: HashMap<(String, Reference), BTreeSet<Arc<str>>>,
     /// Jobs asked for, by base name.
     asked: HashMap<String, Asked>,
+    lookups: Lookups,
     synced: HashSet<Kind>,
     streams: u64,
     actions: Vec<Action>,
@@ -75,6 +81,7 @@ impl State {
             jobs: BTreeMap::new(),
             by_image: HashMap::new(),
             asked: HashMap::new(),
+            lookups: Lookups::default(),
             synced: HashSet::new(),
             streams: 0,
             actions: Vec::new(),
@@ -126,6 +133,7 @@ impl State {
             Event::Fleet(event) => self.world.apply_fleet(event, now),
             Event::Transfer { uid, stream, event } => self.apply_transfer(&uid, stream, event, now),
             Event::Created { base, answer } => self.apply_created(base, answer, now),
+            Event::LookedUp { question, answer } => self.lookups.answered(&question, answer, now),
             Event::StatusWritten { uid, version } => self.status_written(&uid, version, now),
             Event::DeleteFailed { uid } => self.delete_failed(&uid, now),
         }
@@ -137,6 +145,7 @@ impl State {
         let mut again = None;
         if self.is_synced() {
             self.forget_asked(now);
+            self.lookups.forget(now);
             self.world.settle(now);
             self.decide_pods(now, &mut again);
             self.decide_jobs(now, &mut again);

@@ -85,9 +85,9 @@ impl State {
         }
         match resolve(reference, None, &node, None, &self.world.fleet) {
             Resolution::Found { digest, sources, on_target } => {
-                self.want(entry, wait, reference, &digest, &sources, on_target, now, again);
+                self.want(entry, wait, reference, (&digest, &*sources, on_target), false, now, again);
             }
-            Resolution::Missing(missing) => self.cannot(entry, wait, reference, &missing, now, again),
+            Resolution::Missing(missing) => self.missing(entry, wait, reference, &missing, now, again),
         }
     }
 
@@ -133,14 +133,13 @@ impl State {
     }
 
     #[allow(clippy::too_many_arguments)] // the facts of one decision
-    fn want(
+    pub(super) fn want(
         &mut self,
         entry: &mut PodEntry,
         wait: &Wait,
         reference: &Reference,
-        digest: &Digest,
-        sources: &[NodeName],
-        on_target: bool,
+        (digest, sources, on_target): (&Digest, &[NodeName], bool),
+        by_registry: bool,
         now: Timestamp,
         again: &mut Option<Timestamp>,
     ) {
@@ -156,9 +155,10 @@ impl State {
         } else {
             format!("on {}", text::list(sources))
         };
+        let meaning = if by_registry { " (this digest by its registry's own answer)" } else { "" };
         let note = format!(
-            "{} for {}, but the image is {place}: it is salvaged from there. Find out why the registry does not \
-             serve it.",
+            "{} for {}{meaning}, but the image is {place}: it is salvaged from there. Find out why the registry does \
+             not serve it.",
             wait.reason,
             text::image(&wait.image, digest.as_str())
         );
@@ -166,7 +166,7 @@ impl State {
         self.actions.extend(tell);
     }
 
-    fn cannot(
+    fn missing(
         &mut self,
         entry: &mut PodEntry,
         wait: &Wait,
@@ -183,8 +183,12 @@ impl State {
         if self.jobs_for(&pod.namespace, reference, &pod.node).any(Job::is_open) {
             return; // The job says what it waits for.
         }
-        let note = missing.message(&wait.image);
-        entry.not_actionable(wait, missing.reason(), &note, &mut self.actions);
+        let unknown = matches!(missing, Missing::Nowhere { digest: None } | Missing::Ambiguous { .. });
+        if unknown && self.policy.look_up {
+            self.ask_registry(entry, wait, reference, missing, now, again);
+        } else {
+            entry.not_actionable(wait, missing.reason(), &missing.message(&wait.image), &mut self.actions);
+        }
     }
 
     /// Tells the pods that wait for a job's image that it failed.

@@ -23,6 +23,8 @@ pub struct PodView {
     pub terminating: bool,
     /// `spec.nodeName`, empty while the pod is not scheduled.
     pub node: String,
+    /// Names of `spec.imagePullSecrets`; those of its service account are among them.
+    pub pull_secrets: Vec<Arc<str>>,
     /// Init containers first, then containers.
     pub containers: Vec<ContainerView>,
 }
@@ -55,6 +57,8 @@ pub struct WaitingPod {
     pub opted_in: bool,
     /// What the controller last wrote of an import for it ([`names::IMPORTED_AT`]).
     pub imported_at: Option<String>,
+    /// Names of its pull secrets.
+    pub pull_secrets: Vec<Arc<str>>,
     /// One for each container that waits; never empty.
     pub waits: Vec<Wait>,
 }
@@ -100,6 +104,7 @@ pub fn waiting(pod: &PodView) -> Option<WaitingPod> {
         node: pod.node.as_str().into(),
         opted_in: is_true(&pod.annotations, names::AUTO_SALVAGE),
         imported_at: pod.annotations.get(names::IMPORTED_AT).cloned(),
+        pull_secrets: pod.pull_secrets.clone(),
         waits,
     })
 }
@@ -146,6 +151,7 @@ mod tests {
             annotations: [(names::AUTO_SALVAGE.to_owned(), "true".to_owned())].into(),
             terminating: false,
             node: "n1".into(),
+            pull_secrets: vec!["corp".into()],
             containers: vec![
                 ContainerView {
                     field_path: "spec.initContainers{init}".into(),
@@ -182,6 +188,7 @@ mod tests {
                 assert_eq!(&*found.waits[0].image, "r.test/web:v1");
                 assert!(!found.waits[0].policy_always);
                 assert!(found.opted_in);
+                assert_eq!(found.pull_secrets, ["corp".into()]);
             }
         }
     }

@@ -59,7 +59,7 @@ impl Bench {
 
     fn cold(enabled: bool) -> Self {
         let limits = Limits { fleet: 2, target: 2, source: 2 };
-        let state = State::new(Policy { enabled, limits });
+        let state = State::new(Policy { enabled, limits, look_up: false });
         let mut bench = Self { state, now: "2026-01-01T00:00:00Z".parse().unwrap(), jobs: 0, version: 0 };
         for (name, says) in
             [("shop", Consent::Given), ("work", Consent::NotGiven), ("kube-system", Consent::Denied)]
@@ -112,6 +112,7 @@ impl Bench {
             node: node.into(),
             opted_in: true,
             imported_at: None,
+            pull_secrets: vec![],
             waits: vec![wait],
         };
         edit(&mut waiting);
