@@ -45,7 +45,7 @@ impl Upstream {
     pub async fn ask(&self, client: Client, question: &Question, metrics: &Metrics) -> LookupAnswer {
         let mut keyring = Keyring::default();
         let mut unusable = Vec::new();
-        if self.pull_secrets {
+        if self.pull_secrets && self.lookup.is_listed(&question.reference) {
             let api: Api<Secret> = Api::namespaced(client, &question.namespace);
             for name in question.pull_secrets.iter().take(SECRETS) {
                 if let Err(error) = add(&mut keyring, &api, name).await {

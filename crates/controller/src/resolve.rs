@@ -1,6 +1,6 @@
 //! From a reference to a digest and the nodes to take it from, by the fleet's inventory alone. Pure.
 //!
-//! A tag is resolved only where all nodes agree on it: what it meant upstream cannot be asked.
+//! A tag is resolved only where all nodes agree on it, or by a digest that its registry gave (`pin`).
 
 use std::collections::BTreeMap;
 

@@ -20,6 +20,9 @@ use crate::text;
 const AGAIN: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(600));
 const AFTER_A_FAILURE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
 
+/// For how many seconds an answer is acted on: a tag moves.
+const FRESH_SECONDS: i64 = 60;
+
 /// Questions that wait for an answer, at most; who comes next looks again after a second.
 const AT_ONCE: usize = 32;
 
@@ -41,7 +44,8 @@ pub struct Question {
 /// What is known of a question.
 #[derive(Debug)]
 struct Known {
-    answer: Option<LookupAnswer>,
+    /// The last one, and when it came.
+    answer: Option<(LookupAnswer, Timestamp)>,
     /// A look-up is under way; its answer always comes.
     waiting: bool,
     /// When it is asked again, if somebody still wants to know.
@@ -55,6 +59,8 @@ struct Known {
 #[derive(Debug, Default)]
 pub(super) struct Lookups {
     known: HashMap<Question, Known>,
+    /// How many wait for an answer.
+    under_way: usize,
 }
 
 impl Lookups {
@@ -67,7 +73,6 @@ impl Lookups {
         actions: &mut Vec<Action>,
     ) -> Option<LookupAnswer> {
         let is_full = !self.known.contains_key(&question) && self.known.len() >= REMEMBERED;
-        let is_busy = self.known.values().filter(|known| known.waiting).count() >= AT_ONCE;
         if is_full {
             sooner(again, after(now, 60));
             return None;
@@ -81,23 +86,24 @@ impl Lookups {
         });
         known.wanted = now;
         if !known.waiting && known.next <= now {
-            if is_busy {
+            if self.under_way >= AT_ONCE {
                 sooner(again, after(now, 1));
             } else {
                 known.waiting = true;
+                self.under_way += 1;
                 actions.push(Action::LookUp(question));
             }
         } else if !known.waiting {
             sooner(again, known.next);
         }
-        known.answer.clone()
+        known.answer.as_ref().map(|(answer, _)| answer.clone())
     }
 
     /// Takes in an answer.
     pub(super) fn answered(&mut self, question: &Question, answer: LookupAnswer, now: Timestamp) {
         let Some(known) = self.known.get_mut(question) else { return };
         let kind = std::mem::discriminant(&answer);
-        let is_same = known.answer.as_ref().is_some_and(|before| std::mem::discriminant(before) == kind);
+        let is_same = known.answer.as_ref().is_some_and(|(last, _)| std::mem::discriminant(last) == kind);
         known.count = if is_same { known.count.saturating_add(1) } else { 1 };
         let (first, last) = match answer {
             LookupAnswer::Is(_) | LookupAnswer::Absent(_) => AGAIN,
@@ -106,8 +112,18 @@ impl Lookups {
         let pause = SignedDuration::try_from(delay(first, last, known.count, 0))
             .unwrap_or(SignedDuration::from_secs(30));
         known.next = now.checked_add(pause).unwrap_or(Timestamp::MAX);
-        known.waiting = false;
-        known.answer = Some(answer);
+        self.under_way -= usize::from(std::mem::take(&mut known.waiting));
+        known.answer = Some((answer, now));
+    }
+
+    /// Has a question whose answer is too old to act on asked at once; tells whether it is.
+    fn is_stale(&mut self, question: &Question, now: Timestamp) -> bool {
+        let Some(known) = self.known.get_mut(question) else { return false };
+        let is_stale = known.answer.as_ref().is_some_and(|(_, at)| after(*at, FRESH_SECONDS) <= now);
+        if is_stale {
+            known.next = now;
+        }
+        is_stale
     }
 
     pub(super) fn forget(&mut self, now: Timestamp) {
@@ -129,7 +145,9 @@ impl State {
         let pod = &entry.pod;
         let (namespace, pull_secrets) = (pod.namespace.clone(), pod.pull_secrets.clone());
         let question = Question { namespace, reference: reference.clone(), pull_secrets };
-        let Some(answer) = self.lookups.ask(question, now, again, &mut self.actions) else { return };
+        let Some(answer) = self.lookups.ask(question.clone(), now, again, &mut self.actions) else {
+            return;
+        };
         let digest = match answer {
             LookupAnswer::Is(digest) => digest,
             LookupAnswer::Absent(why) | LookupAnswer::Failed(why) => {
@@ -140,6 +158,9 @@ impl State {
         };
         let node = entry.pod.node.clone();
         match resolve(reference, Some(&digest), &node, None, &self.world.fleet) {
+            Resolution::Found { .. } if self.lookups.is_stale(&question, now) => {
+                self.lookups.ask(question, now, again, &mut self.actions);
+            }
             Resolution::Found { digest, sources, on_target } => {
                 let found = (&digest, &*sources, on_target);
                 self.want(entry, wait, reference, found, true, now, again);

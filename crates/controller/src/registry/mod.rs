@@ -176,6 +176,11 @@ impl Lookup {
         Ok(Self { settings, client, at_once: Semaphore::new(AT_ONCE), cache })
     }
 
+    /// Whether a reference's registry may be asked.
+    pub fn is_listed(&self, reference: &Reference) -> bool {
+        self.settings.hosts.iter().any(|pattern| pattern.matches(reference.registry()))
+    }
+
     /// The digest that the registry has for a reference, or its own if it is one by digest that the registry still has.
     ///
     /// Credentials are tried in their order, as kubelet does; without any it is asked as anybody may.
@@ -185,7 +190,7 @@ impl Lookup {
         credentials: &[Credential],
     ) -> Result<Digest, LookupError> {
         let host = reference.registry();
-        if !self.settings.hosts.iter().any(|pattern| pattern.matches(host)) {
+        if !self.is_listed(reference) {
             return Err(LookupError::NotListed(host.to_owned()));
         }
         let credentials = &credentials[..credentials.len().min(TRIES)];

@@ -3,6 +3,7 @@
 mod jobs;
 mod known;
 mod pods;
+mod upstream;
 
 use serde_json::json;
 use tote_api::{SalvageJob, names};
