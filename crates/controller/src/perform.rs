@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tote_api::{SalvageJob, SalvageJobSpec, SalvageJobStatus, names};
 use tote_rpc::v1;
 
-use crate::decide::{About, Action, CreateAnswer, Event, NewJob, version};
+use crate::decide::{About, Action, CreateAnswer, Event, NewJob, Question, version};
 use crate::fleet::{Agents, Grants};
 use crate::http::Health;
 use crate::lookup::Upstream;
@@ -106,15 +106,7 @@ impl Performer {
         let calls = self.calls.clone();
         match action {
             Action::Count(count) => self.health.metrics.count(count),
-            Action::LookUp(question) => {
-                let (client, health, events) =
-                    (self.client.clone(), self.health.clone(), self.events.clone());
-                let Some(upstream) = self.upstream.clone() else { return };
-                self.tasks.spawn(async move {
-                    let answer = upstream.ask(client, &question, &health.metrics).await;
-                    let _ = events.send(Event::LookedUp { question: Box::new(question), answer }).await;
-                });
-            }
+            Action::LookUp(question) => self.look_up(question),
             Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
                 let sources = sources
                     .into_iter()
@@ -207,6 +199,16 @@ impl Performer {
                 });
             }
         }
+    }
+
+    /// Asks a registry; how many at once is bounded there.
+    fn look_up(&mut self, question: Question) {
+        let Some(upstream) = self.upstream.clone() else { return };
+        let (client, health, events) = (self.client.clone(), self.health.clone(), self.events.clone());
+        self.tasks.spawn(async move {
+            let answer = upstream.ask(client, &question, &health.metrics).await;
+            let _ = events.send(Event::LookedUp { question: Box::new(question), answer }).await;
+        });
     }
 
     fn forget_what_ended(&mut self) {

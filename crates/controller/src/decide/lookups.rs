@@ -156,8 +156,8 @@ impl State {
                 return;
             }
         };
-        let node = entry.pod.node.clone();
-        match resolve(reference, Some(&digest), &node, None, &self.world.fleet) {
+        let target = entry.pod.node.clone();
+        match resolve(reference, Some(&digest), &target, None, &self.world.fleet) {
             Resolution::Found { .. } if self.lookups.is_stale(&question, now) => {
                 self.lookups.ask(question, now, again, &mut self.actions);
             }
