@@ -307,6 +307,45 @@ fn monitors_select_what_has_the_port() {
     assert_eq!(service["spec"]["ports"][0]["name"], "metrics");
 }
 
+/// The controller may read Secrets of other namespaces only if it is to use them.
+#[test]
+fn registries_are_asked_only_where_that_is_switched_on() {
+    let rule = "    resources: [secrets]\n    verbs: [get]\n";
+    let asking = ["registryResolve.enabled=true", "registryResolve.registries[0]=*.example.com"];
+    let using = [&asking[..], &["registryResolve.usePullSecrets=true"]].concat();
+    assert!(template(&using).unwrap().contains(rule));
+    for values in [&[][..], &asking, &["registryResolve.usePullSecrets=true"]] {
+        let output = template(values).unwrap();
+        assert!(!output.contains(rule), "{values:?}: {output}");
+        assert_eq!(output.contains("--registry-"), values.len() == 2, "{values:?}: {output}");
+    }
+    let whole = [
+        &using[..],
+        &[
+            "registryResolve.registries[1]=docker.io",
+            "registryResolve.timeout=9s",
+            "registryResolve.insecureRegistries[0]=10.0.0.1:5000",
+            "registryResolve.caConfigMap=corp-ca",
+        ],
+    ];
+    let output = template(&whole.concat()).unwrap();
+    for text in [
+        "- --registry-resolve=true\n",
+        "- \"--registry-resolve-host=*.example.com\"\n",
+        "- \"--registry-resolve-host=docker.io\"\n",
+        "- --registry-use-pull-secrets=true\n",
+        "- --registry-timeout=9s\n",
+        "- \"--registry-insecure=10.0.0.1:5000\"\n",
+        "- --registry-ca-file=/etc/tote/registry-ca/ca.crt\n",
+        "mountPath: /etc/tote/registry-ca\n",
+        "      volumes:\n        - name: registry-ca\n          configMap:\n            name: corp-ca\n",
+    ] {
+        assert!(output.contains(text), "{text:?} is not in\n{output}");
+    }
+    let error = template(&asking[..1]).unwrap_err();
+    assert!(error.contains("registries"), "{error}");
+}
+
 /// What the agents' pods are given: a token for the controller alone, and whom to trust.
 #[test]
 fn agents_mount_no_token_of_the_api_server() {
@@ -339,6 +378,9 @@ fn a_bad_value_is_refused_by_name() {
         ("prometheusRule.labels.a=true", "labels"),
         ("tls.certificateLifetime=ever", "certificateLifetime"),
         ("tls.enabled=false", "enabled"),
+        ("registryResolve.timeout=ever", "timeout"),
+        ("registryResolve.registries[0]=https://r.test", "registries"),
+        ("registryResolve.registries[0]=*", "registries"),
         ("tls.certManager.issuerRef.kind=ClusterIssuer", "issuerRef"),
     ] {
         let error = template(&[value]).unwrap_err();

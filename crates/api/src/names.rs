@@ -26,6 +26,8 @@ pub mod event {
     pub const IMAGE_SALVAGEABLE: &str = "ImageSalvageable";
     /// A pod waits for an image and salvage cannot help; the note says why.
     pub const IMAGE_NOT_ACTIONABLE: &str = "ImageNotActionable";
+    /// A pod waits for an image that its registry knows and no node holds.
+    pub const IMAGE_RESOLVED_UNCACHED: &str = "ImageResolvedUncached";
     /// The image a pod waited for is on its node now.
     pub const IMAGE_SALVAGED: &str = "ImageSalvaged";
     /// The `SalvageJob` for a pod failed.

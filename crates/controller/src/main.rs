@@ -15,10 +15,14 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tote_controller::ca::Names;
 use tote_controller::decide::Policy;
+use tote_controller::detect::Classes;
+use tote_controller::detect::class::Class;
 use tote_controller::http::{self, Health};
 use tote_controller::leader::Leader;
+use tote_controller::lookup::Upstream;
 use tote_controller::notify::{Delivery, Header, NotificationType, Notifier, Pace, Receiver};
 use tote_controller::patterns::{Images, Pattern};
+use tote_controller::registry::{self, HostPattern, Lookup};
 use tote_controller::resolve::TagPolicy;
 use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
@@ -47,6 +51,12 @@ struct Flags {
     /// A repository whose images are never salvaged. May be repeated.
     #[arg(long = "deny-image", value_name = "PATTERN")]
     denied_images: Vec<Pattern>,
+    /// A class of failures that is salvaged though a copy may go against somebody's will. May be repeated.
+    #[arg(long = "salvage-class", value_name = "CLASS")]
+    salvaged_classes: Vec<Class>,
+    /// A class of failures that is left alone. May be repeated.
+    #[arg(long = "ignore-class", value_name = "CLASS")]
+    ignored_classes: Vec<Class>,
     /// Transfers to one node at once.
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     max_concurrent_salvages: usize,
@@ -105,6 +115,25 @@ struct Flags {
     /// A file (PEM) with certificate authorities to trust beside the public ones, when sending notifications.
     #[arg(long, requires = "notify_url")]
     notify_ca_file: Option<PathBuf>,
+    /// Ask an image's registry where the nodes do not tell what its tag means.
+    #[arg(long, default_value_t = false, action = ArgAction::Set)]
+    registry_resolve: bool,
+    /// A registry that may be asked, as image references name it (registry.example.com:5000, docker.io, *.example.com); once for
+    /// each. Any that is not named is left alone, for tenants choose where their images come from.
+    #[arg(long)]
+    registry_resolve_host: Vec<HostPattern>,
+    /// Ask with the pull secrets of the pod that waits.
+    #[arg(long, default_value_t = false, action = ArgAction::Set)]
+    registry_use_pull_secrets: bool,
+    /// How long a registry may take to answer in all, as 5s.
+    #[arg(long, default_value = "5s", value_parser = registry_timeout)]
+    registry_timeout: Duration,
+    /// One of these registries that is asked by plain HTTP; once for each.
+    #[arg(long)]
+    registry_insecure: Vec<HostPattern>,
+    /// A file of certificate authorities (PEM) that vouch for registries, beside the public ones.
+    #[arg(long)]
+    registry_ca_file: Option<PathBuf>,
     /// Name of the Lease that replicas share, in this pod's namespace.
     #[arg(long, default_value = "tote")]
     lease_name: String,
@@ -163,6 +192,10 @@ fn session_ttl(text: &str) -> Result<Duration, String> {
     time(text, (Duration::from_secs(15), Duration::from_secs(24 * 3600)))
 }
 
+fn registry_timeout(text: &str) -> Result<Duration, String> {
+    time(text, (Duration::from_secs(1), Duration::from_secs(60)))
+}
+
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if n > 0 => Ok(n),
@@ -203,6 +236,7 @@ async fn run(flags: Flags) -> Result<(), String> {
     if flags.ca_secret.as_ref() == Some(&flags.ca_name) {
         return Err(format!("--ca-secret {0}: must be another Secret than --ca-name {0}", flags.ca_name));
     }
+    let upstream = upstream(&flags)?;
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| format!("signals: {error}"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| format!("signals: {error}"))?;
@@ -221,16 +255,20 @@ async fn run(flags: Flags) -> Result<(), String> {
 
     let (notifier, delivery) = notifications(&flags, &health).await?.unzip();
     let client = connect(&stop).await?;
+    let classes = Classes::new(&flags.salvaged_classes, &flags.ignored_classes);
+    let classes = classes.map_err(|error| format!("--salvage-class, --ignore-class: {error}"))?;
     let settings = Settings {
         policy: Policy {
             enabled: flags.enabled,
             images: Images { allowed: flags.allowed_images, denied: flags.denied_images },
+            classes,
             limits: Limits {
                 cluster: flags.max_concurrent_in_cluster,
                 target: flags.max_concurrent_salvages,
                 source: flags.max_uploads_per_node,
             },
             tags: flags.tag_policy.into(),
+            look_up: upstream.is_some(),
         },
         namespace: flags.pod_namespace.clone(),
         me: flags.pod_name.clone(),
@@ -247,6 +285,7 @@ async fn run(flags: Flags) -> Result<(), String> {
         certificate_life: flags.certificate_lifetime,
         grant_life: flags.session_ttl,
         notifier,
+        upstream,
     };
     let (terms, mut current) = watch::channel(None);
     let leader = Leader::new(client.clone(), &flags.pod_namespace, &flags.lease_name, &flags.pod_name);
@@ -288,6 +327,28 @@ async fn notifications(flags: &Flags, health: &Arc<Health>) -> Result<Option<(No
     let types: BTreeSet<_> = flags.notify_types.iter().copied().collect();
     tracing::info!(receiver = receiver.origin(), ?types, "notifications are sent");
     Ok(Some(Notifier::start(receiver, types, Pace::default(), health.clone())))
+}
+
+/// How registries are asked, if they are.
+fn upstream(flags: &Flags) -> Result<Option<Upstream>, String> {
+    if !flags.registry_resolve {
+        return Ok(None);
+    }
+    if flags.registry_resolve_host.is_empty() {
+        return Err("--registry-resolve: name the registries that may be asked with --registry-resolve-host"
+            .to_owned());
+    }
+    let read = |path: &PathBuf| {
+        std::fs::read(path).map_err(|error| format!("--registry-ca-file {}: {error}", path.display()))
+    };
+    let settings = registry::Settings {
+        hosts: flags.registry_resolve_host.clone(),
+        insecure: flags.registry_insecure.clone(),
+        timeout: flags.registry_timeout,
+        ca_pem: flags.registry_ca_file.as_ref().map(read).transpose()?,
+    };
+    let lookup = Lookup::new(settings).map_err(|error| format!("--registry-resolve: {error}"))?;
+    Ok(Some(Upstream { lookup: Arc::new(lookup), pull_secrets: flags.registry_use_pull_secrets }))
 }
 
 /// A client of an API server that answers.

@@ -43,6 +43,7 @@ pub struct Metrics {
     detected: Counter,
     salvageable: Counter,
     not_actionable: Counter,
+    corrupt: Counter,
     attempts: Counter,
     success: Counter,
     failure: Counter,
@@ -59,6 +60,8 @@ pub struct Metrics {
     authority_changes: Family<StepLabel, Counter>,
     authority_ends: Gauge,
     notifications: Family<NotificationLabels, Counter>,
+    resolves: Family<ResultLabel, Counter>,
+    resolve_duration: Histogram,
 }
 
 impl Default for Metrics {
@@ -73,6 +76,7 @@ impl Default for Metrics {
         let salvageable =
             counter("salvageable", "Images found on other nodes, for which a SalvageJob was made");
         let not_actionable = counter("not_actionable", "Images that salvage cannot help with");
+        let corrupt = counter("corrupt_images", "Images that stand on a pod's node with blobs missing");
         let attempts = counter("salvage_attempts", "Attempts of SalvageJobs begun");
         let success = counter("salvage_success", "SalvageJobs that ended Imported");
         let failure = counter("salvage_failure", "SalvageJobs that ended Failed");
@@ -111,6 +115,20 @@ impl Default for Metrics {
         let notifications: Family<NotificationLabels, Counter> = Family::default();
         let help = "Webhook notifications by type and by what came of them: sent, failed or dropped";
         registry.register("notifications", help, notifications.clone());
+        let resolves: Family<ResultLabel, Counter> = Family::default();
+        registry.register(
+            "registry_resolve",
+            "Registries asked what a tag means, by what came of it",
+            resolves.clone(),
+        );
+        let resolve_duration = Histogram::new(exponential_buckets(0.01, 2.0, 12));
+        let help = "Time a registry took to tell what a tag means";
+        registry.register_with_unit(
+            "registry_resolve_duration",
+            help,
+            Unit::Seconds,
+            resolve_duration.clone(),
+        );
         let decision = Histogram::new(exponential_buckets(0.00001, 4.0, 10));
         registry.register_with_unit("decision", "Time one decision took", Unit::Seconds, decision.clone());
         let metrics = Self {
@@ -118,6 +136,7 @@ impl Default for Metrics {
             detected,
             salvageable,
             not_actionable,
+            corrupt,
             attempts,
             success,
             failure,
@@ -134,6 +153,8 @@ impl Default for Metrics {
             authority_changes,
             authority_ends,
             notifications,
+            resolves,
+            resolve_duration,
         };
         metrics.gauges(&Figures::default());
         metrics
@@ -147,6 +168,7 @@ impl Metrics {
             Count::Detected => &self.detected,
             Count::Salvageable => &self.salvageable,
             Count::NotActionable => &self.not_actionable,
+            Count::Corrupt => &self.corrupt,
             Count::Attempt => &self.attempts,
             Count::Failure => &self.failure,
             Count::Wake => &self.wakes,
@@ -180,6 +202,12 @@ impl Metrics {
     /// An agent got a certificate (`signed`), or did not.
     pub fn enrolment(&self, result: &'static str) {
         self.enrolments.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// A registry was asked, and took so long.
+    pub fn looked_up(&self, result: &'static str, took: Duration) {
+        self.resolves.get_or_create(&ResultLabel { result }).inc();
+        self.resolve_duration.observe(took.as_secs_f64());
     }
 
     /// The certificate authority was staged, promoted or retired.
@@ -232,10 +260,11 @@ mod tests {
     use super::*;
 
     /// Alerts and dashboards are written against these: a change is a break.
-    const FAMILIES: [&str; 19] = [
+    const FAMILIES: [&str; 22] = [
         "tote_agents_connected gauge",
         "tote_ca_changes_total{step} counter",
         "tote_ca_expiry_timestamp_seconds gauge",
+        "tote_corrupt_images_total counter",
         "tote_decision_seconds histogram",
         "tote_detected_total counter",
         "tote_enrolments_total{result} counter",
@@ -245,6 +274,8 @@ mod tests {
         "tote_notifications_total{type,result} counter",
         "tote_pod_wakes_total counter",
         "tote_pods_waiting gauge",
+        "tote_registry_resolve_duration_seconds histogram",
+        "tote_registry_resolve_total{result} counter",
         "tote_salvage_attempts_total counter",
         "tote_salvage_duration_seconds histogram",
         "tote_salvage_failure_total counter",
@@ -284,6 +315,7 @@ mod tests {
     fn names_types_and_labels_are_as_documented() {
         let metrics = Metrics::default();
         metrics.enrolment("signed");
+        metrics.looked_up("found", Duration::from_secs(1));
         metrics.authority_changed("staged");
         metrics.notifications(NotificationType::ALL);
         assert_eq!(families(&metrics.text().unwrap()), FAMILIES);
@@ -296,6 +328,7 @@ mod tests {
         metrics.notification(NotificationType::SalvageFailed, "dropped");
         let figures = Figures { jobs: [1, 0, 2, 0], nodes_up: 3, images: 4, waiting: 5 };
         metrics.figures(&figures, 0.001);
+        metrics.looked_up("found", Duration::from_secs(1));
         let has = |line: &str| {
             let text = metrics.text().unwrap();
             assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
@@ -307,6 +340,8 @@ mod tests {
             "tote_salvage_jobs{phase=\"Imported\"} 2",
             "tote_notifications_total{type=\"salvage_failed\",result=\"dropped\"} 1",
             "tote_agents_connected 3",
+            "tote_registry_resolve_total{result=\"found\"} 1",
+            "tote_registry_resolve_duration_seconds_count 1",
         ] {
             has(line);
         }

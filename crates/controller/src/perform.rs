@@ -16,9 +16,10 @@ use tokio::time::timeout;
 use tote_api::{SalvageJob, SalvageJobSpec, SalvageJobStatus, names};
 use tote_rpc::v1;
 
-use crate::decide::{About, Action, CreateAnswer, Event, NewJob, version};
+use crate::decide::{About, Action, CreateAnswer, Event, NewJob, Question, version};
 use crate::fleet::{Agents, Grants};
 use crate::http::Health;
+use crate::lookup::Upstream;
 use crate::notify::Notifier;
 use crate::transfer;
 
@@ -66,6 +67,7 @@ pub struct Performer {
     /// at the latest.
     granted: HashMap<Arc<str>, (Grants, Instant)>,
     grant_life: Duration,
+    upstream: Option<Upstream>,
     tasks: JoinSet<()>,
 }
 
@@ -77,7 +79,7 @@ impl Performer {
         (agents, grant_life): (Agents, Duration),
         term: v1::Term,
         events: mpsc::Sender<Event>,
-        (health, notifier): (Arc<Health>, Option<Notifier>),
+        (health, notifier, upstream): (Arc<Health>, Option<Notifier>, Option<Upstream>),
     ) -> Self {
         let reporter = Reporter { controller: names::MANAGER.to_owned(), instance: Some(me.to_owned()) };
         Self {
@@ -95,6 +97,7 @@ impl Performer {
             cancels: HashMap::new(),
             granted: HashMap::new(),
             grant_life,
+            upstream,
             tasks: JoinSet::new(),
         }
     }
@@ -110,6 +113,11 @@ impl Performer {
                     notifier.notify(*notification);
                 }
             }
+            Action::RemoveImage { node, digest } => {
+                let request = v1::RemoveRequest { term: Some(self.term.clone()), digest: digest.to_string() };
+                self.tasks.spawn(transfer::remove(self.agents.client(&node), node, request));
+            }
+            Action::LookUp(question) => self.look_up(question),
             Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
                 let sources = sources
                     .into_iter()
@@ -202,6 +210,16 @@ impl Performer {
                 });
             }
         }
+    }
+
+    /// Asks a registry; how many at once is bounded there.
+    fn look_up(&mut self, question: Question) {
+        let Some(upstream) = self.upstream.clone() else { return };
+        let (client, health, events) = (self.client.clone(), self.health.clone(), self.events.clone());
+        self.tasks.spawn(async move {
+            let answer = upstream.ask(client, &question, &health.metrics).await;
+            let _ = events.send(Event::LookedUp { question: Box::new(question), answer }).await;
+        });
     }
 
     fn forget_what_ended(&mut self) {

@@ -1,7 +1,7 @@
 //! From a reference to a digest and the nodes to take it from, by the fleet's inventory alone. Pure.
 //!
-//! What a tag meant upstream cannot be asked. It is what the workload's other pods run by it; else what all nodes mean
-//! by it; else, if that is the policy, the image that was made last.
+//! What a tag meant upstream is its registry's to say. Here it is what the workload's other pods run by it; else what all nodes
+//! mean by it; else, if that is the policy, the image that was made last.
 
 use std::collections::BTreeMap;
 
@@ -36,6 +36,8 @@ pub enum Why {
         /// How many nodes.
         nodes: usize,
     },
+    /// Its registry has just said so.
+    Upstream,
     /// The meanings differ, and it was made last.
     Newest {
         /// How many meanings there are.
@@ -55,6 +57,7 @@ impl Why {
                 several(containers, "other container")
             )),
             Self::Agreed { nodes } => Some(format!("what the tag means on {}", several(nodes, "node"))),
+            Self::Upstream => Some("this digest by its registry's own answer".to_owned()),
             Self::Newest { of } => Some(format!("the newest of {of} images that the tag means")),
         }
     }

@@ -16,6 +16,7 @@ use crate::decide::{Event, Policy, State};
 use crate::fleet::{Agents, Enrolment, Fleet, FleetEvent};
 use crate::http::Health;
 use crate::leader::Term;
+use crate::lookup::Upstream;
 use crate::nodes;
 use crate::notify::Notifier;
 use crate::owners::OwnerKind;
@@ -53,6 +54,8 @@ pub struct Settings {
     pub grant_life: Duration,
     /// The webhook, if there is one; it outlives the term.
     pub notifier: Option<Notifier>,
+    /// How registries are asked, if [`Policy::look_up`] says that they are.
+    pub upstream: Option<Upstream>,
 }
 
 /// How far back the clock may be set without notice.
@@ -99,7 +102,7 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
         let _ = standing.wait_for(Option::is_some).await;
         watch::agents(agents_client, &agents_of.0, &agents_of.1, settings.agent_port, fleet).await;
     });
-    let outputs = (health.clone(), settings.notifier);
+    let outputs = (health.clone(), settings.notifier, settings.upstream);
     let mut performer =
         Performer::new(client, &settings.me, (agents, settings.grant_life), term, events, outputs);
     let mut state = State::new(settings.policy);

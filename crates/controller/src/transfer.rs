@@ -11,7 +11,7 @@ use tote_rpc::v1::import_event::Event as Wire;
 use tote_rpc::{AgentClient, v1::Cause};
 
 use crate::decide::{Event, TransferEvent};
-use crate::fleet::Grants;
+use crate::fleet::{Grants, NodeName};
 use crate::salvage::Progress;
 
 /// How long an agent may take to answer a call; a stream has no such limit, its connection is pinged.
@@ -107,6 +107,24 @@ pub async fn cancel(client: impl Fn() -> Option<AgentClient>, request: v1::Cance
         tokio::time::sleep(Duration::from_secs(pause)).await;
     }
     tracing::warn!(transfer = request.transfer_id, "not cancelled: the agent could not be asked");
+}
+
+/// Has an agent remove the records of an image that lacks blobs. What comes of it the node's inventory tells.
+pub async fn remove(client: Option<AgentClient>, node: NodeName, request: v1::RemoveRequest) {
+    let digest = request.digest.clone();
+    let Some(mut client) = client else {
+        tracing::warn!(%node, digest, "cannot remove an image: the agent has no session");
+        return;
+    };
+    match timeout(CALL, client.remove(request)).await {
+        Ok(Ok(answer)) => {
+            tracing::info!(%node, digest, names = ?answer.into_inner().names, "records removed");
+        }
+        Ok(Err(status)) => {
+            tracing::warn!(%node, digest, error = status.message(), "cannot remove an image");
+        }
+        Err(_) => tracing::warn!(%node, digest, "cannot remove an image: no answer"),
+    }
 }
 
 fn refused(status: &tonic::Status) -> TransferEvent {

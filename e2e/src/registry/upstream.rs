@@ -179,6 +179,7 @@ where
 }
 
 /// Starts docker-registry on a Unix socket in `storage`, and returns once it answers. It dies with the calling thread.
+/// If `storage` holds a file `htpasswd` (bcrypt), whoever asks must log in by it.
 pub(super) async fn start(storage: &Path) -> Result<Child> {
     std::fs::create_dir_all(storage).with_context(|| format!("making {}", storage.display()))?;
     let socket = Upstream::socket(storage);
@@ -189,7 +190,7 @@ pub(super) async fn start(storage: &Path) -> Result<Child> {
     }
     let config = storage.join("config.yml");
     // JSON is YAML.
-    let contents = json!({
+    let mut contents = json!({
         "version": 0.1,
         "log": {"level": "warn", "accesslog": {"disabled": true}},
         "storage": {
@@ -199,6 +200,10 @@ pub(super) async fn start(storage: &Path) -> Result<Child> {
         },
         "http": {"net": "unix", "addr": socket, "relativeurls": true},
     });
+    let passwords = storage.join("htpasswd");
+    if passwords.exists() {
+        contents["auth"] = json!({"htpasswd": {"realm": "registry", "path": passwords}});
+    }
     std::fs::write(&config, serde_json::to_vec_pretty(&contents)?)?;
     let log = storage.join("registry.log");
     let output = File::create(&log)?;
@@ -216,7 +221,8 @@ pub(super) async fn start(storage: &Path) -> Result<Child> {
     let deadline = Instant::now() + START;
     loop {
         let probe = Request::builder().uri("/v2/").header("Host", "localhost").body(empty())?;
-        if send(&socket, probe).await.is_ok_and(|r| r.status() == StatusCode::OK) {
+        let answers = |r: Response<Incoming>| matches!(r.status(), StatusCode::OK | StatusCode::UNAUTHORIZED);
+        if send(&socket, probe).await.is_ok_and(answers) {
             return Ok(child);
         }
         let said = || std::fs::read_to_string(&log).unwrap_or_default();

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tote_api::SalvageJobStatus;
 use tote_image::Digest;
 
+use super::Question;
 use crate::fleet::NodeName;
 use crate::notify::Notification;
 use crate::salvage::Source;
@@ -69,6 +70,15 @@ pub enum Action {
         /// Name of the transfer.
         transfer_id: String,
     },
+    /// Remove the records of an image that lacks blobs on a node.
+    RemoveImage {
+        /// The node.
+        node: NodeName,
+        /// The records' target.
+        digest: Digest,
+    },
+    /// Ask a registry what a reference means.
+    LookUp(Question),
     /// Annotate a pod so that kubelet looks at it.
     WakePod {
         /// Namespace.
@@ -142,6 +152,8 @@ pub enum Count {
     Salvageable,
     /// An image that cannot be had.
     NotActionable,
+    /// An image that stands on a pod's node with blobs missing.
+    Corrupt,
     /// A transfer was begun.
     Attempt,
     /// A job is Imported; seconds since it began, bytes moved.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use tote_api::SalvageJob;
+use tote_image::Digest;
 
+use super::Question;
 use crate::detect::{Consent, WaitingPod};
 use crate::fleet::{FleetEvent, NodeName};
 use crate::nodes::NodeFacts;
@@ -116,6 +118,13 @@ pub enum Event {
         /// What the API server said.
         answer: CreateAnswer,
     },
+    /// A registry was asked.
+    LookedUp {
+        /// For what.
+        question: Box<Question>,
+        /// What it said.
+        answer: LookupAnswer,
+    },
     /// A status was written, or not.
     StatusWritten {
         /// The job's UID.
@@ -139,6 +148,17 @@ pub enum CreateAnswer {
     Taken(u32),
     /// There is none; why.
     Refused(String),
+}
+
+/// What came of asking a registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LookupAnswer {
+    /// The reference means this.
+    Is(Digest),
+    /// The registry answers that it has no such image; its words, for a person.
+    Absent(String),
+    /// It gave no answer, or was not to be asked; why.
+    Failed(String),
 }
 
 /// What a transfer tells.

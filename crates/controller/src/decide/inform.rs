@@ -19,7 +19,7 @@ pub(super) fn detected(pod: &WaitingPod, wait: &Wait, now: Timestamp) -> Action 
         digest: pin.map(ToString::to_string).unwrap_or_default(),
         source_node: String::new(),
         target_node: pod.node.to_string(),
-        error: wait.reason.clone(),
+        error: format!("{}: {}: {}", wait.class, wait.reason, wait.message),
         timestamp: now,
     })
 }

@@ -1,15 +1,17 @@
 //! The state of the controller: takes in events, gives out actions. No effects, no clock of its own.
 //!
-//! `pods` (with `ask` and `wake`) decides over pods that wait, `jobs` (with `book`) over `SalvageJob`s, `nodes` over what is
-//! said of nodes; all only from what is known here.
+//! `pods` (with `ask`, `corrupt`, `lookups` and `wake`) decides over pods that wait, `jobs` (with `book`) over `SalvageJob`s, `nodes` over
+//! what is said of nodes; all only from what is known here.
 
 mod action;
 mod ask;
 mod book;
+mod corrupt;
 mod entry;
 mod event;
 mod inform;
 mod jobs;
+mod lookups;
 mod nodes;
 mod pods;
 #[cfg(test)]
@@ -25,9 +27,10 @@ use tote_image::Reference;
 
 pub use action::{About, Action, Count, NewJob};
 pub use book::version;
-pub use event::{CreateAnswer, Event, Kind, TransferEvent};
+pub use event::{CreateAnswer, Event, Kind, LookupAnswer, TransferEvent};
+pub use lookups::Question;
 
-use crate::detect::WaitingPod;
+use crate::detect::{Classes, WaitingPod};
 use crate::patterns::Images;
 use crate::resolve::TagPolicy;
 use crate::running::Runs;
@@ -36,6 +39,7 @@ use crate::world::World;
 use ask::Asked;
 use book::Book;
 use entry::PodEntry;
+use lookups::Lookups;
 use nodes::Notes;
 
 /// What the operator's flags set.
@@ -45,10 +49,14 @@ pub struct Policy {
     pub enabled: bool,
     /// Which images may be salvaged.
     pub images: Images,
+    /// Which failures are answered with a copy.
+    pub classes: Classes,
     /// Bounds of what runs at once.
     pub limits: Limits,
     /// What to do about a tag of several meanings.
     pub tags: TagPolicy,
+    /// Whether registries are asked where the nodes do not tell what a tag means.
+    pub look_up: bool,
 }
 
 /// All that is known.
@@ -63,6 +71,7 @@ pub struct State {
     asked: HashMap<String, Asked>,
     /// What was seen of nodes and said of them.
     notes: Notes,
+    lookups: Lookups,
     synced: HashSet<Kind>,
     streams: u64,
     actions: Vec<Action>,
@@ -88,6 +97,7 @@ impl State {
             by_image: HashMap::new(),
             asked: HashMap::new(),
             notes: Notes::default(),
+            lookups: Lookups::default(),
             synced: HashSet::new(),
             streams: 0,
             actions: Vec::new(),
@@ -144,6 +154,7 @@ impl State {
             Event::Fleet(event) => self.world.apply_fleet(event, now),
             Event::Transfer { uid, stream, event } => self.apply_transfer(&uid, stream, event, now),
             Event::Created { base, answer } => self.apply_created(base, answer, now),
+            Event::LookedUp { question, answer } => self.lookups.answered(&question, answer, now),
             Event::StatusWritten { uid, version } => self.status_written(&uid, version, now),
             Event::DeleteFailed { uid } => self.delete_failed(&uid, now),
         }
@@ -155,6 +166,7 @@ impl State {
         let mut again = None;
         if self.is_synced() {
             self.forget_asked(now);
+            self.lookups.forget(now);
             self.world.settle(now);
             self.decide_pods(now, &mut again);
             self.decide_jobs(now, &mut again);
@@ -175,7 +187,7 @@ impl State {
         let Some(entry) = self.pods.get_mut(&uid) else {
             return self.pods.insert(uid, PodEntry::new(pod)).is_none();
         };
-        pod.waits.iter_mut().for_each(|wait| wait.remember(&entry.pod));
+        pod.waits = pod.waits.into_iter().map(|wait| wait.remembering(&entry.pod)).collect();
         let before = std::mem::replace(&mut entry.pod, pod);
         if before == entry.pod {
             return false;

@@ -1,5 +1,5 @@
-//! What to do about pods that wait for an image: have a job made (`ask`), wake them (`wake`), or say why neither
-//! helps.
+//! What to do about pods that wait for an image: have a job made (`ask`), wake them (`wake`), have what is broken removed
+//! (`corrupt`), or say why none of it helps.
 
 use jiff::Timestamp;
 use tote_api::{Phase, names};
@@ -7,6 +7,7 @@ use tote_image::{Digest, Reference};
 
 use super::entry::PodEntry;
 use super::{Action, Count, State, inform, sooner};
+use crate::detect::class::Class;
 use crate::detect::{Consent, Wait, WaitingPod};
 use crate::fleet::NodeName;
 use crate::resolve::{Missing, Question, Resolution, Why};
@@ -51,22 +52,9 @@ impl State {
             self.actions.push(inform::detected(&entry.pod, wait, now));
             let pod = &entry.pod;
             tracing::info!(namespace = %pod.namespace, pod = %pod.name, node = %pod.node, image = %wait.image,
-                reason = wait.reason, "a pod waits for an image");
+                reason = wait.reason, class = wait.class.name(), message = %wait.message, "a pod waits for an image");
         }
         let image = &wait.image;
-        if wait.policy_always {
-            let note = format!(
-                "{image} cannot be salvaged: with imagePullPolicy Always kubelet asks the registry at every start, \
-                 whatever the node holds. Set imagePullPolicy to IfNotPresent."
-            );
-            entry.not_actionable(wait, "PolicyAlways", &note, &mut self.actions);
-            return;
-        }
-        if wait.reason == "SignatureValidationFailed" {
-            let note = format!("{image} is not salvaged: this node refuses its signature. {}", wait.message);
-            entry.not_actionable(wait, "Signature", &note, &mut self.actions);
-            return;
-        }
         let reference = match &wait.reference {
             Ok(reference) => reference,
             Err(error) => {
@@ -74,6 +62,24 @@ impl State {
                 return;
             }
         };
+        let class = entry.class_of(wait, now);
+        if let Some(refusal) = self.policy.classes.refusal(class) {
+            let note = format!("{image} is not salvaged. {class}: {}. ({refusal}.)", class.remedy());
+            entry.not_actionable(wait, class.name(), &note, &mut self.actions);
+            return;
+        }
+        if wait.policy_always {
+            let note = format!(
+                "{image} cannot be salvaged: with imagePullPolicy Always kubelet asks the registry at every start, \
+                 whatever the node holds. Set imagePullPolicy to IfNotPresent. {class}: {}.",
+                class.remedy()
+            );
+            entry.not_actionable(wait, "PolicyAlways", &note, &mut self.actions);
+            return;
+        }
+        if class == Class::CorruptStore {
+            self.corrupt(entry, wait);
+        }
         let node = entry.pod.node.clone();
         if self.is_running(reference, &node) {
             return; // Its end is told by the transfer.
@@ -100,14 +106,10 @@ impl State {
         let question = Question { reference, pin: None, target: &node, source: None, workload: &workload };
         match question.resolve(&self.world.fleet, self.policy.tags) {
             Resolution::Found { digest, why, sources, on_target } => {
-                if let Some(denied) = self.world.pattern_refusal(reference, &digest) {
-                    let note = format!("{image} is not salvaged: {denied}");
-                    entry.not_actionable(wait, "ImageDenied", &note, &mut self.actions);
-                    return;
-                }
-                self.want(entry, wait, (reference, &digest, why), &sources, on_target, now, again);
+                let found = (&digest, why, &*sources, on_target);
+                self.want(entry, wait, reference, found, now, again);
             }
-            Resolution::Missing(missing) => self.cannot(entry, wait, reference, &missing, now, again),
+            Resolution::Missing(missing) => self.missing(entry, wait, reference, &missing, now, again),
         }
     }
 
@@ -161,16 +163,20 @@ impl State {
     }
 
     #[allow(clippy::too_many_arguments)] // the facts of one decision
-    fn want(
+    pub(super) fn want(
         &mut self,
         entry: &mut PodEntry,
         wait: &Wait,
-        (reference, digest, why): (&Reference, &Digest, Why),
-        sources: &[NodeName],
-        on_target: bool,
+        reference: &Reference,
+        (digest, why, sources, on_target): (&Digest, Why, &[NodeName], bool),
         now: Timestamp,
         again: &mut Option<Timestamp>,
     ) {
+        if let Some(denied) = self.world.pattern_refusal(reference, digest) {
+            let note = format!("{} is not salvaged: {denied}", wait.image);
+            entry.not_actionable(wait, "ImageDenied", &note, &mut self.actions);
+            return;
+        }
         let pod = entry.pod.clone();
         let is_open = self
             .jobs_for(&pod.namespace, reference, &pod.node)
@@ -184,17 +190,18 @@ impl State {
             format!("on {}", text::list(sources))
         };
         let note = format!(
-            "{} for {}, but the image is {place}: it is salvaged from there{}. Find out why the registry does not \
-             serve it.",
+            "{} ({}) for {}, but the image is {place}: it is salvaged from there{}. To prevent it: {}.",
             wait.reason,
+            wait.class,
             text::image(&wait.image, digest.as_str()),
-            why.words().map(|words| format!(" ({words})")).unwrap_or_default()
+            why.words().map(|words| format!(" ({words})")).unwrap_or_default(),
+            wait.class.remedy()
         );
         let tell = entry.tell(wait, true, names::event::IMAGE_SALVAGEABLE, "Salvage", &note);
         self.actions.extend(tell);
     }
 
-    fn cannot(
+    fn missing(
         &mut self,
         entry: &mut PodEntry,
         wait: &Wait,
@@ -211,8 +218,16 @@ impl State {
         if self.jobs_for(&pod.namespace, reference, &pod.node).any(Job::is_open) {
             return; // The job says what it waits for.
         }
-        let note = missing.message(&wait.image);
-        entry.not_actionable(wait, missing.reason(), &note, &mut self.actions);
+        if wait.class == Class::CorruptStore && self.policy.look_up && self.stale_record(entry, wait, reference, now, again)
+        {
+            return;
+        }
+        let unknown = matches!(missing, Missing::Nowhere { digest: None } | Missing::Ambiguous { .. });
+        if unknown && self.policy.look_up {
+            self.ask_registry(entry, wait, reference, missing, now, again);
+        } else {
+            entry.not_actionable(wait, missing.reason(), &missing.message(&wait.image), &mut self.actions);
+        }
     }
 
     /// Tells the pods that wait for a job's image that it failed.

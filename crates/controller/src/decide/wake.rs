@@ -10,6 +10,7 @@ use tote_image::{Digest, Reference};
 use super::entry::{PodEntry, Wake};
 use super::{Action, Count, State, inform, sooner};
 use crate::backoff::delay;
+use crate::detect::class::Class;
 use crate::detect::{Wait, WaitingPod};
 use crate::salvage::status;
 use crate::text;
@@ -105,7 +106,16 @@ impl State {
             let tell = entry.tell(wait, false, names::event::IMAGE_SALVAGED, "Salvaged", &note);
             self.actions.extend(tell);
         }
-        if count == WAKES_BEFORE_CAUSE {
+        if count == WAKES_BEFORE_CAUSE && wait.class == Class::CorruptStore {
+            let note = format!(
+                "every blob of {} is on node {}, yet its runtime cannot use it: {}. Remove it there, so that it is pulled or \
+                 salvaged anew: crictl rmi {reference}",
+                text::image(&wait.image, digest.as_str()),
+                pod.node,
+                wait.message
+            );
+            entry.not_actionable(wait, "RuntimeCannotUse", &note, &mut self.actions);
+        } else if count == WAKES_BEFORE_CAUSE {
             let note = self.requires_a_pull(&pod, reference, digest);
             entry.not_actionable(wait, "KubeletRequiresPull", &note, &mut self.actions);
         }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tote_api::names;
 use tote_image::{Digest, Reference, ReferenceError};
 
+use super::class::{Class, Evidence, classify};
 use super::says;
 use crate::running::Runs;
 use crate::text;
@@ -23,18 +24,6 @@ const PULL_FAILED: [&str; 3] = ["ErrImagePull", "RegistryUnavailable", "Signatur
 /// Of an image that is not there for another reason, or not tried at present.
 const NOT_THERE: [&str; 4] =
     ["ImagePullBackOff", "ErrImageNeverPull", "ImageInspectError", "InvalidImageName"];
-
-/// A container that cannot be made for what ails its image: what containerd then says.
-const BROKEN_IMAGE: [&str; 8] = [
-    "failed to resolve rootfs",
-    "content digest",
-    "failed to get image",
-    "failed to resolve image",
-    "missing parent",
-    "error unpacking image",
-    "failed to unpack image",
-    "failed to extract layer",
-];
 
 /// The fields of a Pod that detection reads.
 #[derive(Clone, Debug, Default)]
@@ -131,16 +120,30 @@ pub struct Wait {
     pub message: Arc<str>,
     /// What the last pull of this image failed of, if that was seen: older kubelets do not say it while they back off.
     pub last_pull_error: Option<Arc<str>>,
+    /// Why it waits.
+    pub class: Class,
 }
 
 impl Wait {
+    /// Sets the class by what is known.
+    fn classed(mut self) -> Self {
+        self.class = classify(&Evidence {
+            reason: &self.reason,
+            message: &self.message,
+            last_pull_error: self.last_pull_error.as_deref(),
+            registry_host: self.reference.as_ref().ok().map(Reference::registry),
+        });
+        self
+    }
+
     /// Takes over from what was known of the pod what the last pull failed of.
-    pub(crate) fn remember(&mut self, before: &WaitingPod) {
+    pub(crate) fn remembering(mut self, before: &WaitingPod) -> Self {
         if self.last_pull_error.is_none() {
             let was = |wait: &&Wait| wait.field_path == self.field_path && wait.image == self.image;
             self.last_pull_error =
                 before.waits.iter().find(was).and_then(|wait| wait.last_pull_error.clone());
         }
+        self.classed()
     }
 }
 
@@ -166,7 +169,11 @@ pub fn waiting(pod: &PodView) -> Option<WaitingPod> {
 
 fn is_for_an_image(container: &ContainerView) -> bool {
     let reason = container.waiting_reason.as_str();
-    let of_its_image = || BROKEN_IMAGE.iter().any(|words| container.waiting_message.contains(words));
+    // A container may not be made for many reasons; those that its image has are classes of their own.
+    let of_its_image = || {
+        let evidence = Evidence { reason, message: &container.waiting_message, ..Evidence::default() };
+        matches!(classify(&evidence), Class::CorruptStore | Class::Unpack)
+    };
     PULL_FAILED.contains(&reason)
         || NOT_THERE.contains(&reason)
         || (reason == "CreateContainerError" && of_its_image())
@@ -184,7 +191,9 @@ fn wait(container: &ContainerView, volumes: &[VolumeView]) -> Wait {
         reason: container.waiting_reason.clone(),
         last_pull_error: failed.then(|| message.clone()),
         message,
+        class: Class::Unknown,
     }
+    .classed()
 }
 
 /// The image a container waits for, with its pull policy. Kubelet ensures the images of all volumes before that of any

@@ -6,12 +6,14 @@ mod known;
 mod nodes;
 mod owners;
 mod pods;
+mod upstream;
 
 use serde_json::json;
 use tote_api::{SalvageJob, names};
 use tote_image::{Digest, Platform};
 
 use super::*;
+use crate::detect::class::Class;
 use crate::detect::{Consent, Wait};
 use crate::fleet::{FleetEvent, Image, Manifest};
 use crate::nodes::NodeFacts;
@@ -73,7 +75,9 @@ impl Bench {
 
     fn with_policy(edit: impl Fn(&mut Policy)) -> Self {
         let limits = Limits { cluster: 2, target: 2, source: 2 };
-        let mut policy = Policy { enabled: true, images: Images::default(), limits, tags: TagPolicy::Refuse };
+        let (images, tags) = (Images::default(), TagPolicy::Refuse);
+        let classes = Classes::default();
+        let mut policy = Policy { enabled: true, images, classes, limits, tags, look_up: false };
         edit(&mut policy);
         let state = State::new(policy);
         let mut bench = Self { state, now: "2026-01-01T00:00:00Z".parse().unwrap(), jobs: 0, version: 0 };
@@ -128,6 +132,7 @@ impl Bench {
             reason: "ErrImagePull".into(),
             message: "".into(),
             last_pull_error: None,
+            class: Class::Refused,
         };
         let mut waiting = WaitingPod {
             namespace: namespace.into(),
@@ -138,6 +143,7 @@ impl Bench {
             controller: None,
             pull_secrets: vec![],
             imported_at: None,
+            pull_secrets: vec![],
             waits: vec![wait],
         };
         edit(&mut waiting);
