@@ -30,6 +30,8 @@ pub mod event {
     pub const IMAGE_RESOLVED_UNCACHED: &str = "ImageResolvedUncached";
     /// The image a pod waited for is on its node now.
     pub const IMAGE_SALVAGED: &str = "ImageSalvaged";
+    /// The image that a pod waits for stands on its node, but blobs of it are missing.
+    pub const IMAGE_CORRUPT: &str = "ImageCorrupt";
     /// The `SalvageJob` for a pod failed.
     pub const IMAGE_SALVAGE_FAILED: &str = "ImageSalvageFailed";
     /// A node cannot start any pod, for it lacks the image of the sandbox and cannot pull it.

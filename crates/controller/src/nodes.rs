@@ -1,18 +1,13 @@
-//! Nodes: what the API server says of them, and what kubelet says of sandboxes that cannot be made there. Slim types hold
-//! only the fields that are used; nothing is stored here, and nothing decided.
+//! Nodes: what the API server says of them. Slim types hold only the fields that are used; nothing is stored here, and
+//! nothing decided.
 
-use std::pin::pin;
 use std::sync::Arc;
 
-use futures::StreamExt as _;
-use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use kube::api::ObjectMeta;
-use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client, Resource};
 use serde::Deserialize;
 use tokio::sync::mpsc;
-use tote_image::Reference;
 
 use crate::decide::{Event, Kind};
 use crate::text;
@@ -137,75 +132,6 @@ pub async fn watch(client: Client, events: mpsc::Sender<Event>) {
     .await;
 }
 
-/// The fields of an Event (core/v1, where kubelet writes them) that are used.
-#[derive(Resource, Clone, Debug, Deserialize)]
-#[resource(inherit = "k8s_openapi::api::core::v1::Event")]
-#[serde(rename_all = "camelCase")]
-pub struct SlimEvent {
-    #[serde(deserialize_with = "slim_metadata")]
-    metadata: ObjectMeta,
-    #[serde(default)]
-    message: String,
-    #[serde(default)]
-    source: SlimSource,
-    #[serde(default)]
-    reporting_instance: String,
-    last_timestamp: Option<Time>,
-    event_time: Option<MicroTime>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-struct SlimSource {
-    component: String,
-    host: String,
-}
-
-impl SlimEvent {
-    /// The node, the image and the time, if it tells of a sandbox image that the node lacks.
-    fn missing(&self) -> Option<(Arc<str>, Arc<str>, Timestamp)> {
-        // Whoever may write events in a namespace could claim anything; but it costs only a note, of a bounded number.
-        if self.source.component != "kubelet" {
-            return None;
-        }
-        let node = if self.source.host.is_empty() { &self.reporting_instance } else { &self.source.host };
-        let at = self.last_timestamp.as_ref().map(|at| at.0);
-        let at = at.or_else(|| self.event_time.as_ref().map(|at| at.0))?;
-        Some((node.as_str().into(), sandbox_image(&self.message)?.into(), at))
-    }
-}
-
-/// The image in containerd's words, `failed to get sandbox image "registry.k8s.io/pause:3.10": ...`, whose quotes may be
-/// escaped.
-fn sandbox_image(message: &str) -> Option<&str> {
-    let (_, rest) = message.split_once("failed to get sandbox image ")?;
-    let rest = rest.trim_start_matches(['\\', '"']);
-    let image = &rest[..rest.find(['\\', '"'])?];
-    image.parse::<Reference>().is_ok().then_some(image)
-}
-
-/// Watches what kubelet says of sandboxes that it cannot make. Unlike the other watches nothing waits for its first list.
-pub async fn watch_sandboxes(client: Client, events: mpsc::Sender<Event>) {
-    let config = watcher::Config::default()
-        .fields("reason=FailedCreatePodSandBox,involvedObject.kind=Pod,type=Warning");
-    let mut stream = pin!(watcher(Api::<SlimEvent>::all(client), config).default_backoff());
-    while let Some(item) = stream.next().await {
-        let told = match item {
-            Ok(watcher::Event::InitApply(event) | watcher::Event::Apply(event)) => event.missing(),
-            Ok(_) => None,
-            Err(error) => {
-                tracing::warn!(%error, "watch of sandbox failures interrupted; it is taken up again");
-                None
-            }
-        };
-        if let Some((node, image, at)) = told
-            && events.send(Event::SandboxFailed { node, image, at }).await.is_err()
-        {
-            return;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -245,42 +171,5 @@ mod tests {
             assert_eq!((found.kubelet, &*found.message), (expected, message));
         }
         assert_eq!(facts(&json!({}), &json!([])).kubelet, Kubelet::NotReady, "never told");
-    }
-
-    #[test]
-    fn a_sandbox_image_is_read_from_kubelets_words() {
-        for (message, expected) in [
-            (
-                "Failed to create pod sandbox: rpc error: code = Unknown desc = failed to get sandbox image \
-                 \"registry.k8s.io/pause:3.8\": failed to pull image \"registry.k8s.io/pause:3.8\"",
-                Some("registry.k8s.io/pause:3.8"),
-            ),
-            (
-                r#"Failed to create pod sandbox: rpc error: code = Unknown desc = failed to start sandbox \"ab\": failed to get sandbox image \"r.test/pause:3.10\": failed"#,
-                Some("r.test/pause:3.10"),
-            ),
-            ("Failed to create pod sandbox: plugin type=\"calico\" failed", None),
-            ("failed to get sandbox image \"NOT A REFERENCE\": x", None),
-            ("failed to get sandbox image \"cut", None),
-        ] {
-            assert_eq!(sandbox_image(message), expected, "{message}");
-        }
-    }
-
-    #[test]
-    fn the_node_of_an_event_is_its_kubelets() {
-        let event = |component: &str| -> SlimEvent {
-            serde_json::from_value(json!({
-                "apiVersion": "v1", "kind": "Event", "metadata": {"name": "web.1", "namespace": "shop"},
-                "involvedObject": {"kind": "Pod", "name": "web"}, "reason": "FailedCreatePodSandBox",
-                "message": "failed to get sandbox image \"r.test/pause:1\": no",
-                "source": {"component": component, "host": "n1"}, "eventTime": null,
-                "firstTimestamp": "2026-01-01T00:00:00Z", "lastTimestamp": "2026-01-01T00:05:00Z"
-            }))
-            .unwrap()
-        };
-        let at = "2026-01-01T00:05:00Z".parse().unwrap();
-        assert_eq!(event("kubelet").missing(), Some(("n1".into(), "r.test/pause:1".into(), at)));
-        assert_eq!(event("somebody").missing(), None);
     }
 }

@@ -90,7 +90,8 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     watches.spawn(watch::pods(client.clone(), events.clone()));
     watches.spawn(watch::namespaces(client.clone(), events.clone()));
     watches.spawn(nodes::watch(client.clone(), events.clone()));
-    watches.spawn(nodes::watch_sandboxes(client.clone(), events.clone()));
+    watches.spawn(watch::kubelet::sandboxes(client.clone(), events.clone()));
+    watches.spawn(watch::kubelet::secrets(client.clone(), events.clone()));
     watches.spawn(watch::jobs(client.clone(), events.clone()));
     for kind in OwnerKind::ALL {
         watches.spawn(watch::owners(client.clone(), kind, events.clone()));

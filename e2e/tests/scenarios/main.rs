@@ -6,6 +6,7 @@
 mod attacker;
 mod attacks;
 mod commands;
+mod corrupt;
 mod crowd;
 mod faults;
 mod identity;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         owners::all(),
         jobs::all(),
         commands::all(),
+        corrupt::all(),
         identity::all(),
         faults::all(),
         nodes::all(),

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use kube::ResourceExt as _;
 use kube::api::ListParams;
-use tote_api::Phase;
+use serde_json::json;
+use tote_api::{Phase, SalvageJob};
 use tote_e2e::images::Image;
 use tote_e2e::inspect;
 use tote_e2e::registry::Control as _;
-use tote_e2e::tenant::{PodShape, Tenant, phase};
+use tote_e2e::tenant::{PodShape, Tenant, imported_reason, phase};
 
 use crate::play::Play;
 use crate::stage::{SOON, Scenario};
@@ -30,6 +31,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("pod_not_opted_in", "n2", "n1", pod_not_opted_in),
         Scenario::new("nowhere_then_somewhere", "n1", "n2", nowhere_then_somewhere),
         Scenario::new("tag_of_two_meanings", "n1", "n2", tag_of_two_meanings).with("n3"),
+        Scenario::new("denied_by_pattern", "n1", "n2", denied_by_pattern),
         Scenario::new("source_that_lies", "n3", "n1", source_that_lies),
         Scenario::new("three_pods_one_job", "n1", "n3", three_pods_one_job),
         Scenario::new("two_nodes_at_once", "n1", "n2", two_nodes_at_once).with("n3"),
@@ -147,6 +149,23 @@ async fn tag_of_two_meanings(play: Play) -> Result<()> {
         ensure!(note.contains(part), "{part} is not named: {note}");
     }
     no_job(&play.tenant).await
+}
+
+/// The operator's patterns: said, on the pod and in a job by hand, and nothing is moved, under another name neither.
+async fn denied_by_pattern(play: Play) -> Result<()> {
+    let image = play.image("tiny")?;
+    let (_, pinned) = play.push_as(&image, "denied").await?;
+    play.pull_on_source(&pinned).await?;
+    play.registry.stop()?;
+    play.start_on_target("waiting", &pinned).await?;
+    let note = play.tenant.event("waiting", "ImageNotActionable", SOON).await?;
+    ensure!(note.contains("denied by pattern */denied"), "{note}");
+    no_job(&play.tenant).await?;
+    let other = pinned.replace("/denied@", "/other@");
+    play.tenant.declare("by-hand", json!({"image": other, "nodeName": "n2"})).await?;
+    let refused = |job: &SalvageJob| imported_reason(job).0 == "ImageDenied";
+    play.tenant.until_job("that is refused", SOON, refused).await?;
+    inspect::assert_gone(play.target()?, &image)
 }
 
 /// The one copy is damaged on its disk: found, tried again, given up, said on the pod; and nothing is left.

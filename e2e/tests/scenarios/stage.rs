@@ -28,6 +28,7 @@ pub const VALUES: &[(&str, &str)] = &[
     ("agent.maxBandwidth", "25Mi"),
     ("controller.maxConcurrentSalvages", "6"),
     ("tls.certificateLifetime", "2m"),
+    ("config.images.denied[0]", "*/denied"),
 ];
 
 /// How many scenarios play at once: they mostly wait, but two cores carry no more without missing deadlines.

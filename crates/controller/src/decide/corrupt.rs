@@ -41,7 +41,9 @@ impl State {
         again: &mut Option<Timestamp>,
     ) -> bool {
         let node = entry.pod.node.clone();
-        if let Some(at) = entry.removed.get(&wait.image).map(|at| after(*at, REMOVED_SECONDS)).filter(|at| *at > now) {
+        if let Some(at) =
+            entry.removed.get(&wait.image).map(|at| after(*at, REMOVED_SECONDS)).filter(|at| *at > now)
+        {
             sooner(again, at);
             return true; // Kubelet pulls; if that fails it says so.
         }

@@ -9,14 +9,8 @@ use tote_api::names;
 use tote_image::Reference;
 
 use super::{About, Action, Count};
-use crate::detect::class::{Class, Stance};
 use crate::detect::{Wait, WaitingPod};
-use crate::salvage::after;
 use crate::text;
-
-/// For how many seconds it counts that kubelet missed a pull secret: it says so again at every attempt to pull, which may be
-/// five minutes apart.
-const SECRET_SECONDS: i64 = 600;
 
 /// The wakes of a pod for one image.
 pub(super) struct Wake {
@@ -34,8 +28,6 @@ pub(super) struct PodEntry {
     pub(super) wakes: HashMap<Arc<str>, Wake>,
     /// When the records of an image were last removed from its node.
     pub(super) removed: HashMap<Arc<str>, Timestamp>,
-    /// When kubelet last said that a pull secret is missing.
-    pub(super) secret_missing: Option<Timestamp>,
     /// Spreads what is done for many pods.
     pub(super) seed: u64,
 }
@@ -45,7 +37,15 @@ impl PodEntry {
         let mut hasher = DefaultHasher::new();
         pod.uid.hash(&mut hasher);
         let seed = hasher.finish();
-        Self { pod, told: HashSet::new(), counted: HashSet::new(), wakes: HashMap::new(),removed: HashMap::new(), secret_missing: None, seed }
+        Self {
+            pod,
+            told: HashSet::new(),
+            counted: HashSet::new(),
+            wakes: HashMap::new(),
+            removed: HashMap::new(),
+
+            seed,
+        }
     }
 
     fn about(&self, field_path: &str) -> About {
@@ -56,13 +56,6 @@ impl PodEntry {
             uid: self.pod.uid.clone(),
             field_path: field_path.to_owned(),
         }
-    }
-
-    /// Why a container waits. That a pull secret is missing kubelet says in an event; the pull then fails of something else.
-    pub(super) fn class_of(&self, wait: &Wait, now: Timestamp) -> Class {
-        let is_fresh = self.secret_missing.is_some_and(|at| after(at, SECRET_SECONDS) > now);
-        let is_pull = !matches!(wait.class, Class::CorruptStore | Class::NeverPolicy | Class::Unpack);
-        if is_fresh && is_pull && wait.class.stance() != Stance::Never { Class::SecretMissing } else { wait.class }
     }
 
     /// An event about a container, once for each image and cause.

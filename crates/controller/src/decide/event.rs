@@ -118,6 +118,13 @@ pub enum Event {
         /// What the API server said.
         answer: CreateAnswer,
     },
+    /// Kubelet says that a pull secret of a pod is missing.
+    SecretMissing {
+        /// The pod's UID.
+        uid: Arc<str>,
+        /// When it said so last.
+        at: Timestamp,
+    },
     /// A registry was asked.
     LookedUp {
         /// For what.

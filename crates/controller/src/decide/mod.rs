@@ -14,6 +14,7 @@ mod jobs;
 mod lookups;
 mod nodes;
 mod pods;
+mod secrets;
 #[cfg(test)]
 mod tests;
 mod wake;
@@ -41,6 +42,7 @@ use book::Book;
 use entry::PodEntry;
 use lookups::Lookups;
 use nodes::Notes;
+use secrets::Secrets;
 
 /// What the operator's flags set.
 #[derive(Clone, Debug)]
@@ -72,6 +74,7 @@ pub struct State {
     /// What was seen of nodes and said of them.
     notes: Notes,
     lookups: Lookups,
+    secrets: Secrets,
     synced: HashSet<Kind>,
     streams: u64,
     actions: Vec<Action>,
@@ -98,6 +101,7 @@ impl State {
             asked: HashMap::new(),
             notes: Notes::default(),
             lookups: Lookups::default(),
+            secrets: Secrets::default(),
             synced: HashSet::new(),
             streams: 0,
             actions: Vec::new(),
@@ -154,6 +158,7 @@ impl State {
             Event::Fleet(event) => self.world.apply_fleet(event, now),
             Event::Transfer { uid, stream, event } => self.apply_transfer(&uid, stream, event, now),
             Event::Created { base, answer } => self.apply_created(base, answer, now),
+            Event::SecretMissing { uid, at } => return self.secrets.missing(uid, at),
             Event::LookedUp { question, answer } => self.lookups.answered(&question, answer, now),
             Event::StatusWritten { uid, version } => self.status_written(&uid, version, now),
             Event::DeleteFailed { uid } => self.delete_failed(&uid, now),
@@ -167,6 +172,7 @@ impl State {
         if self.is_synced() {
             self.forget_asked(now);
             self.lookups.forget(now);
+            self.secrets.forget(now);
             self.world.settle(now);
             self.decide_pods(now, &mut again);
             self.decide_jobs(now, &mut again);

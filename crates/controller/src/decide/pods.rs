@@ -62,9 +62,13 @@ impl State {
                 return;
             }
         };
-        let class = entry.class_of(wait, now);
+        let class = self.secrets.class_of(&entry.pod.uid, wait, now);
         if let Some(refusal) = self.policy.classes.refusal(class) {
-            let note = format!("{image} is not salvaged. {class}: {}. ({refusal}.)", class.remedy());
+            let remedy = class.remedy();
+            let note = format!(
+                "{image} is not salvaged. {class}: {remedy}. ({refusal}.) Kubelet says: {}",
+                wait.message
+            );
             entry.not_actionable(wait, class.name(), &note, &mut self.actions);
             return;
         }
@@ -218,7 +222,9 @@ impl State {
         if self.jobs_for(&pod.namespace, reference, &pod.node).any(Job::is_open) {
             return; // The job says what it waits for.
         }
-        if wait.class == Class::CorruptStore && self.policy.look_up && self.stale_record(entry, wait, reference, now, again)
+        if wait.class == Class::CorruptStore
+            && self.policy.look_up
+            && self.stale_record(entry, wait, reference, now, again)
         {
             return;
         }

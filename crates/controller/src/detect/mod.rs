@@ -3,10 +3,10 @@
 //! Must not know the fleet: whether anybody holds the image is `resolve`'s question.
 
 pub mod class;
-mod policy;
 mod consent;
 mod pod;
+mod policy;
 
 pub use consent::{Consent, consent, says};
-pub use policy::{Classes, ClassesError};
 pub use pod::{ContainerView, PodView, VolumeView, Wait, WaitingPod, runs, waiting};
+pub use policy::{Classes, ClassesError};

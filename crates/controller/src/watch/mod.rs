@@ -2,6 +2,7 @@
 //! stored here.
 
 mod agents;
+pub mod kubelet;
 mod owners;
 mod pods;
 

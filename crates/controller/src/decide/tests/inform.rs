@@ -22,7 +22,7 @@ fn expected(bench: &Bench, pod: &str) -> Notification {
         digest: String::new(),
         source_node: String::new(),
         target_node: "b".into(),
-        error: "ErrImagePull".into(),
+        error: "Refused: ErrImagePull: ".into(),
         timestamp: bench.now,
     }
 }

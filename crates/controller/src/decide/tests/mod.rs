@@ -1,5 +1,6 @@
 //! Events in, actions out: the whole of what the controller decides, without a cluster.
 
+mod classes;
 mod inform;
 mod jobs;
 mod known;
@@ -143,7 +144,6 @@ impl Bench {
             controller: None,
             pull_secrets: vec![],
             imported_at: None,
-            pull_secrets: vec![],
             waits: vec![wait],
         };
         edit(&mut waiting);

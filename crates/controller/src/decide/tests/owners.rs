@@ -159,6 +159,7 @@ fn what_a_node_refuses_by_its_signature_is_not_brought_in_by_another_way() {
     bench.waits_in("shop", "p", "b", "r.test/x:1", |pod| {
         pod.waits[0].reason = "SignatureValidationFailed".into();
         pod.waits[0].message = "no signature of ours".into();
+        pod.waits[0].class = Class::Signature;
     });
     let actions = bench.decide();
     assert_eq!(created(&actions).len(), 0);

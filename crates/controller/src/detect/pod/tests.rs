@@ -101,19 +101,20 @@ fn leaves_alone_what_is_unscheduled_or_going() {
 #[test]
 fn a_message_is_bounded_and_what_a_pull_failed_of_is_remembered() {
     let mut failed = pod("ErrImagePull");
-    failed.containers[1].waiting_message = "dial tcp: connection refused".into();
+    failed.containers[1].waiting_message = "dial tcp 10.0.0.1:5000: connect: connection refused".into();
     let before = waiting(&failed).unwrap();
-    assert_eq!(before.waits[0].last_pull_error.as_deref(), Some("dial tcp: connection refused"));
+    assert_eq!(
+        before.waits[0].last_pull_error.as_deref(),
+        Some("dial tcp 10.0.0.1:5000: connect: connection refused")
+    );
     let mut backing_off = pod("ImagePullBackOff");
     backing_off.containers[1].waiting_message = "Back-off pulling image \"r.test/web:v1\"".into();
-    let mut now = waiting(&backing_off).unwrap();
-    assert_eq!(now.waits[0].last_pull_error, None);
-    now.waits[0].remember(&before);
-    assert_eq!(now.waits[0].last_pull_error, before.waits[0].last_pull_error);
-    let mut other = waiting(&backing_off).unwrap();
-    other.waits[0].image = "r.test/web:v2".into();
-    other.waits[0].remember(&before);
-    assert_eq!(other.waits[0].last_pull_error, None, "another image");
+    let first = || waiting(&backing_off).unwrap().waits.remove(0);
+    assert_eq!((first().last_pull_error, first().class), (None, Class::Unknown));
+    let now = first().remembering(&before);
+    assert_eq!((now.last_pull_error, now.class), (before.waits[0].last_pull_error.clone(), Class::Refused));
+    let other = Wait { image: "r.test/web:v2".into(), ..first() }.remembering(&before);
+    assert_eq!(other.last_pull_error, None, "another image");
     failed.containers[1].waiting_message = "x".repeat(100_000);
     assert_eq!(waiting(&failed).unwrap().waits[0].message.len(), MAX_MESSAGE);
 }
