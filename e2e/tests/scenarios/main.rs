@@ -8,13 +8,16 @@ mod attacks;
 mod commands;
 mod crowd;
 mod faults;
+mod gitops;
 mod identity;
 mod jobs;
 mod known;
+mod leaders;
 mod outage;
 mod play;
 mod policy;
 mod reader;
+mod reign;
 mod renewal;
 mod rogue;
 mod shapes;
@@ -39,7 +42,9 @@ fn main() -> ExitCode {
         jobs::all(),
         commands::all(),
         identity::all(),
+        gitops::all(),
         faults::all(),
+        leaders::all(),
     ];
     let scenarios: Vec<Scenario> = scenarios.into_iter().flatten().collect();
     if arguments.list {
