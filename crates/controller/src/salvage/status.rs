@@ -84,7 +84,7 @@ pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Time
             let message = format!("the image is {digest}, {}", why(&job.wanted));
             set(status, condition::RESOLVED, "True", "Resolved", &message, now);
         }
-        (None, "AmbiguousTag" | "NoSource" | "InvalidImage") => {
+        (None, "AmbiguousTag" | "NoSource" | "IncompleteOnly" | "OtherPlatformOnly" | "InvalidImage") => {
             set(status, condition::RESOLVED, "False", reason, message, now);
         }
         // Why it failed may have been just that.
