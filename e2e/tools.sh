@@ -6,7 +6,7 @@
 #   build       what compiling the workspace needs (protoc, a C compiler)
 #   containerd  private containerds of three versions, and runc
 #   registry    docker-registry, skopeo
-#   cluster     containerd, Kubernetes, etcd, helm, CNI plugins, iptables, busybox, curl
+#   cluster     containerd, Kubernetes, etcd, helm, the judge of objects' health, CNI plugins, iptables, busybox, curl
 #   all         all of these (the default)
 #
 # Debian packages are installed with apt-get; containerd and docker-registry are
@@ -253,13 +253,13 @@ build() {
   mkdir -p "$scratch/out/bin"
   local what=. out=$scratch/out/bin/
   grep -q '^tool' "$upstream/$module/go.mod" && what=tool
-  [[ $what == . ]] && out+=kube
   run "fetching the Go modules of $name $version" go -C "$upstream/$module" mod download
   run "building $name $version" env CGO_ENABLED=0 GOFLAGS=-mod=readonly GOWORK=off \
     go -C "$upstream/$module" build -trimpath -buildvcs=false -tags "$tags" -ldflags "$ldflags" -o "$out" "$what"
   case $name in
     kubernetes)
       local program
+      mv "$scratch/out/bin/kubernetes" "$scratch/out/bin/kube"
       for program in kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl; do
         ln -s kube "$scratch/out/bin/$program"
       done
@@ -295,6 +295,7 @@ programs() {
       "-X $v.gitVersion=v$kubernetes -X $v.gitMajor=${kubernetes%%.*} -X $v.gitMinor=${minor%%.*} -X $v.gitTreeState=clean -X $v.gitCommit=v$kubernetes -X $v.buildDate=1970-01-01T00:00:00Z"
     build etcd "$etcd" etcd go.etcd.io/etcd/server/v3 "" ""
     build helm "$helm" helm helm.sh/helm/v3 "" "-X helm.sh/helm/v3/internal/version.version=v$helm"
+    build health "$health" health sigs.k8s.io/cli-utils "" ""
   fi
 }
 

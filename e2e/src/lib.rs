@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod containerd;
 pub mod daemon;
+pub mod health;
 pub mod host;
 pub mod images;
 pub mod inspect;

@@ -109,6 +109,14 @@ pub fn helm() -> Result<PathBuf> {
     Ok(bin("helm", version("helm"))?.join("helm"))
 }
 
+/// The program `health`: what kstatus, or an Argo CD health check, makes of an object.
+///
+/// # Errors
+/// It has not been built.
+pub fn health() -> Result<PathBuf> {
+    Ok(bin("health", version("health"))?.join("health"))
+}
+
 /// The program `docker-registry`.
 ///
 /// # Errors
@@ -133,7 +141,9 @@ mod tests {
         let all: Vec<&str> = Containerd::ALL.iter().map(|containerd| containerd.version()).collect();
         assert!(all.iter().all(|version| version.split('.').count() == 3), "{all:?}");
         assert!(
-            ["kubernetes", "etcd", "helm", "docker_registry"].iter().all(|key| version(key).contains('.'))
+            ["kubernetes", "etcd", "helm", "health", "docker_registry"]
+                .iter()
+                .all(|key| version(key).contains('.'))
         );
     }
 }

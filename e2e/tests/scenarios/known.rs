@@ -107,6 +107,24 @@ pub async fn leader(client: &Client) -> Result<(String, v1::Term)> {
     Ok((holder, v1::Term { lease_uid, lease_transitions }))
 }
 
+/// The controllers there are, dead ones too.
+pub async fn controllers(client: &Client) -> Result<Vec<Pod>> {
+    let labels = ListParams::default().labels("app.kubernetes.io/component=controller");
+    Ok(objects::<Pod>(client).list(&labels).await.context("listing the controllers")?.items)
+}
+
+/// The controllers that take themselves for the leader.
+pub async fn leading(client: &Client) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for pod in controllers(client).await? {
+        let name = pod.name_any();
+        if metric(client, (&name, CONTROLLER_METRICS), "tote_leading").await? == 1 {
+            found.push(name);
+        }
+    }
+    Ok(found)
+}
+
 /// One of the leader's counters or gauges; 0 if it has none of that name.
 pub async fn of_leader(client: &Client, name: &str) -> Result<u64> {
     let (leader, _) = leader(client).await?;

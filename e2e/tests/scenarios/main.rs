@@ -9,15 +9,18 @@ mod commands;
 mod corrupt;
 mod crowd;
 mod faults;
+mod gitops;
 mod identity;
 mod jobs;
 mod known;
+mod leaders;
 mod nodes;
 mod outage;
 mod owners;
 mod play;
 mod policy;
 mod reader;
+mod reign;
 mod renewal;
 mod rogue;
 mod shapes;
@@ -44,7 +47,9 @@ fn main() -> ExitCode {
         commands::all(),
         corrupt::all(),
         identity::all(),
+        gitops::all(),
         faults::all(),
+        leaders::all(),
         nodes::all(),
     ];
     let scenarios: Vec<Scenario> = scenarios.into_iter().flatten().collect();

@@ -6,12 +6,13 @@ use tote_api::names::condition;
 use tote_api::{Phase, SalvageJobStatus, Transfer};
 use tote_image::Digest;
 
-use super::job::{Job, Progress};
+use super::job::{Job, Progress, Wanted};
 use crate::resolve::Why;
 use crate::text;
 
-/// The longest message of a condition, in bytes (metav1.Condition allows 32 KiB; a screen does not).
-const MAX_MESSAGE: usize = 2048;
+/// The longest message of a condition, in bytes: that of an event's note, which says the same (metav1.Condition allows
+/// 32 KiB; a screen does not).
+const MAX_MESSAGE: usize = text::MAX_NOTE;
 
 /// The most names of pods in a status.
 const MAX_PODS: usize = 10;
@@ -84,12 +85,17 @@ pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Time
         (Some(digest), _) => {
             // It may say already why it is this one.
             let known = find(status, condition::RESOLVED).filter(|c| c.message.contains(digest.as_str()));
-            let message = known.map_or_else(|| format!("the image is {digest}"), |c| c.message.clone());
+            let message = known.map_or_else(
+                || format!("the image is {digest}{}", by_spec(&job.wanted)),
+                |c| c.message.clone(),
+            );
             set(status, condition::RESOLVED, "True", "Resolved", &message, now);
         }
-        (None, "AmbiguousTag" | "NoSource" | "InvalidImage") => {
+        (None, "AmbiguousTag" | "NoSource" | "IncompleteOnly" | "OtherPlatformOnly" | "InvalidImage") => {
             set(status, condition::RESOLVED, "False", reason, message, now);
         }
+        // Why it failed may have been just that.
+        (None, _) if phase == Phase::Failed && find(status, condition::RESOLVED).is_some() => {}
         (None, _) => set(status, condition::RESOLVED, "Unknown", "NotYet", "not looked up yet", now),
     }
     set(status, condition::IMPORTED, imported, reason, message, now);
@@ -104,10 +110,19 @@ pub fn resolved(job: &mut Job, digest: &Digest, why: Why, now: Timestamp) {
     if job.status.digest.as_ref() == Some(&text) {
         return;
     }
-    let words = why.words().map(|words| format!(": {words}")).unwrap_or_default();
+    let words = why.words().map_or_else(|| by_spec(&job.wanted).to_owned(), |words| format!(", {words}"));
     let message = format!("the image is {digest}{words}");
     set(&mut job.status, condition::RESOLVED, "True", "Resolved", &message, now);
     job.status.digest = Some(text);
+}
+
+/// Where a digest is from that was not found out, for a person.
+fn by_spec(wanted: &Result<Wanted, String>) -> &'static str {
+    match wanted {
+        Ok(wanted) if wanted.pin.is_some() => ", by spec.digest",
+        Ok(wanted) if wanted.reference.digest().is_some() => ", by spec.image",
+        _ => "",
+    }
 }
 
 /// Notes that the spec was seen as it is now, where nothing else changes: what watches (kstatus) waits for it.
@@ -133,11 +148,11 @@ pub fn progress(job: &mut Job, progress: &Progress) {
     });
 }
 
-/// Words for a job that is Imported.
+/// Words for a job that is Imported. The image comes last: it is the one that can be long.
 pub fn imported_message(job: &Job, progress: &Progress) -> String {
     let digest = job.status.digest.as_deref().unwrap_or_default();
     let moved = super::plan::moved(progress.transferred, &progress.source_nodes);
-    format!("{} is on node {}: {moved}", text::image(&job.spec.image, digest), job.spec.node_name)
+    format!("{digest} is on node {}, {moved}, as {}", job.spec.node_name, job.spec.image)
 }
 
 /// Notes that a pod was woken.
@@ -151,4 +166,109 @@ pub fn woke(job: &mut Job, pod: &str) {
 /// RFC 3339 with whole seconds, as Kubernetes writes times.
 pub fn seconds(t: Timestamp) -> String {
     Timestamp::from_second(t.as_second()).unwrap_or(t).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tote_api::SalvageJobSpec;
+    use tote_image::Digest;
+
+    use super::*;
+    use crate::fleet::NodeName;
+    use crate::resolve::Missing;
+
+    const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    /// A job with the longest names that the CRD allows.
+    fn long() -> Job {
+        let image = format!("registry.test/{}", "i".repeat(1024 - "registry.test/".len()));
+        let spec = SalvageJobSpec { image, node_name: "n".repeat(253), ..SalvageJobSpec::default() };
+        Job::new("shop", "j", "u", Timestamp::UNIX_EPOCH, spec, None)
+    }
+
+    fn condition(job: &Job, type_: &str) -> Condition {
+        find(&job.status, type_).cloned().unwrap()
+    }
+
+    fn fits(job: &Job) {
+        for condition in &job.status.conditions {
+            assert!(
+                condition.message.len() <= 1024,
+                "{}: {} bytes",
+                condition.type_,
+                condition.message.len()
+            );
+        }
+    }
+
+    #[test]
+    fn messages_fit_a_kibibyte_though_five_thousand_nodes_disagree() {
+        let nodes = |from: usize| -> Vec<NodeName> {
+            (from..from + 1000).map(|n| format!("{n:0>253}").as_str().into()).collect()
+        };
+        let meanings: BTreeMap<Digest, Vec<NodeName>> =
+            (0..5).map(|n| (Digest::sha256(&[n]), nodes(usize::from(n) * 1000))).collect();
+        let mut job = long();
+        let missing = Missing::Ambiguous { meanings };
+        let message = missing.message(&job.spec.image);
+        assert!(message.len() > 1024, "{} bytes", message.len());
+        enter(&mut job, Phase::Pending, missing.reason(), &message, Timestamp::UNIX_EPOCH);
+        fits(&job);
+        assert!(condition(&job, condition::RESOLVED).message.ends_with("..."));
+        enter(
+            &mut job,
+            Phase::Failed,
+            "PendingDeadlineExceeded",
+            "still AmbiguousTag",
+            Timestamp::UNIX_EPOCH,
+        );
+        let resolved = condition(&job, condition::RESOLVED);
+        assert_eq!((resolved.status.as_str(), resolved.reason.as_str()), ("False", "AmbiguousTag"));
+    }
+
+    #[test]
+    fn imported_names_digest_node_and_source_and_when_however_long_the_image() {
+        let mut job = long();
+        job.status.digest = Some(DIGEST.to_owned());
+        let sources = vec!["worker-7".to_owned(), "s".repeat(253), "t".repeat(253)];
+        let done = Progress { total: 9, transferred: 9, reused: 0, source_nodes: sources };
+        let (began, ended) = (Timestamp::UNIX_EPOCH, Timestamp::from_second(60).unwrap());
+        enter(&mut job, Phase::Transferring, "Transferring", "", began);
+        progress(&mut job, &done);
+        let message = imported_message(&job, &done);
+        enter(&mut job, Phase::Imported, "Imported", &message, ended);
+        fits(&job);
+        for type_ in [condition::IMPORTED, condition::READY] {
+            let told = condition(&job, type_);
+            for part in [DIGEST, &job.spec.node_name, "worker-7", "9 B moved"] {
+                assert!(told.message.contains(part), "{part} is not in {}", told.message);
+            }
+            assert_eq!((told.status.as_str(), told.last_transition_time.0), ("True", ended));
+        }
+        assert_eq!(job.status.source_nodes[0], "worker-7");
+        assert_eq!(job.status.completion_time.as_ref().map(|time| time.0), Some(ended));
+    }
+
+    #[test]
+    fn resolved_says_where_the_digest_is_from() {
+        for (image, pin, says) in [
+            (format!("x@{DIGEST}"), None, "by spec.image"),
+            ("x:1".to_owned(), Some(DIGEST.to_owned()), "by spec.digest"),
+            ("x:1".to_owned(), None, "every node"),
+        ] {
+            let spec = SalvageJobSpec { image, digest: pin, ..SalvageJobSpec::default() };
+            let mut job = Job::new("shop", "j", "u", Timestamp::UNIX_EPOCH, spec, None);
+            job.status.digest = Some(DIGEST.to_owned());
+            enter(&mut job, Phase::Pending, "Queued", "", Timestamp::UNIX_EPOCH);
+            let resolved = condition(&job, condition::RESOLVED);
+            assert_eq!(resolved.status, "True");
+            assert!(
+                resolved.message.contains(DIGEST) && resolved.message.contains(says),
+                "{}",
+                resolved.message
+            );
+        }
+    }
 }
