@@ -11,6 +11,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tote_controller::access;
 use tote_controller::ca::Names;
 use tote_controller::decide::Policy;
 use tote_controller::http::{self, Health};
@@ -36,6 +37,10 @@ struct Flags {
     /// The kill switch: false, and nothing is made, moved or woken.
     #[arg(long, default_value_t = true, action = ArgAction::Set)]
     enabled: bool,
+    /// What is asked for before an image moves, beside the opt-ins: that kubelets' records of who may have it let the
+    /// namespace have it, or anything.
+    #[arg(long, value_enum, default_value = "records")]
+    access: access::Policy,
     /// Transfers of the whole fleet at once.
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     max_concurrent_salvages: usize,
@@ -167,6 +172,7 @@ async fn run(flags: Flags) -> Result<(), String> {
     let settings = Settings {
         policy: Policy {
             enabled: flags.enabled,
+            access: flags.access,
             limits: Limits { fleet: flags.max_concurrent_salvages, target: PER_TARGET, source: PER_SOURCE },
         },
         namespace: flags.pod_namespace.clone(),

@@ -102,7 +102,7 @@ impl Performer {
         let calls = self.calls.clone();
         match action {
             Action::Count(count) => self.health.metrics.count(count),
-            Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
+            Action::Import { uid, stream, node, transfer_id, reference, digest, sources, pulled } => {
                 let sources = sources
                     .into_iter()
                     .map(|source| v1::Source { node_name: source.node.to_string(), address: source.address });
@@ -112,6 +112,7 @@ impl Performer {
                     reference,
                     digest: digest.to_string(),
                     sources: sources.collect(),
+                    pulled,
                 };
                 tracing::info!(job = %uid, transfer = request.transfer_id, image = request.reference, %node,
                     sources = request.sources.len(), "import");

@@ -159,6 +159,8 @@ impl Missing {
 mod tests {
     use tote_image::Platform;
 
+    use tote_rpc::v1::PullRecords;
+
     use super::*;
     use crate::fleet::{Image, Manifest};
 
@@ -169,8 +171,9 @@ mod tests {
     /// Nodes `a` to `c`, amd64; each item is (node, target, names, platform's architecture, complete).
     fn fleet(items: &[(&str, u8, &str, &str, bool)]) -> Inventory {
         let mut fleet = Inventory::default();
+        let platform = || Platform::new("linux", "amd64", "");
         for node in ["a", "b", "c"] {
-            fleet.up(&node.into(), "127.0.0.1:1".into(), Platform::new("linux", "amd64", ""), String::new());
+            fleet.up(&node.into(), "127.0.0.1:1".into(), platform(), String::new(), PullRecords::Kept);
         }
         for (node, target, name, architecture, complete) in items {
             fleet.upsert(
@@ -182,6 +185,8 @@ mod tests {
                         digest: digest(*target + 100),
                         platform: Platform::new("linux", architecture, ""),
                         complete: *complete,
+                        image_id: None,
+                        pulled: None,
                     }],
                 },
             );

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use tote_image::Reference;
+use tote_image::{Digest, Reference};
 
+use crate::access::{self, Access};
 use crate::detect::Consent;
 use crate::fleet::{FleetEvent, Inventory, NodeName};
 use crate::salvage::{Source, after};
@@ -18,6 +19,8 @@ const SETTLE_SECONDS: i64 = 10;
 pub struct World {
     /// The kill switch: false, and nothing moves.
     pub enabled: bool,
+    /// What is asked for before an image moves, beside the opt-ins.
+    pub access: access::Policy,
     /// What each namespace says.
     pub namespaces: HashMap<Arc<str>, Consent>,
     /// UID by name.
@@ -37,8 +40,14 @@ pub struct World {
 
 impl World {
     /// An empty world.
-    pub fn new(enabled: bool) -> Self {
-        Self { enabled, ..Self::default() }
+    pub fn new(enabled: bool, access: access::Policy) -> Self {
+        Self { enabled, access, ..Self::default() }
+    }
+
+    /// Whether a namespace may have an image, by all that kubelets have written down about it; `runs_already` says
+    /// whether a pod of the namespace runs it.
+    pub fn access(&self, namespace: &str, digest: &Digest, runs_already: bool) -> Access {
+        access::verdict(self.fleet.records(digest), namespace, runs_already, self.access)
     }
 
     /// What a namespace says; one that is not known is gone.
@@ -98,8 +107,8 @@ impl World {
                 self.agents_known.get_or_insert(now);
                 self.expected = nodes;
             }
-            FleetEvent::Up { node, address, platform, problem, images } => {
-                self.fleet.up(&node, address, platform, problem);
+            FleetEvent::Up { node, address, platform, problem, records, images } => {
+                self.fleet.up(&node, address, platform, problem, records);
                 for image in images {
                     self.fleet.upsert(&node, image);
                 }
@@ -130,13 +139,14 @@ impl World {
 #[cfg(test)]
 mod tests {
     use tote_image::Platform;
+    use tote_rpc::v1::PullRecords;
 
     use super::*;
 
     #[test]
     fn is_settled_when_every_agent_answers_or_was_waited_for() {
         let start = Timestamp::UNIX_EPOCH;
-        let mut world = World::new(true);
+        let mut world = World::new(true, access::Policy::Records);
         assert!(world.unsettled_until(start).is_some(), "the agents are not known yet");
         world.apply_fleet(FleetEvent::Expected(["a".into(), "b".into()].into()), start);
         assert_eq!(world.unsettled_until(start), Some(after(start, 10)));
@@ -145,6 +155,7 @@ mod tests {
             address: String::new(),
             platform: Platform::new("linux", "amd64", ""),
             problem: String::new(),
+            records: PullRecords::Kept,
             images: vec![],
         };
         world.apply_fleet(up("a"), start);

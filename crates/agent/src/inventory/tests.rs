@@ -7,7 +7,7 @@ use crate::testing::{Blobs, tar};
 const NAME: &str = "registry.test/a:1";
 
 async fn scan(fake: &Fake) -> Inventory {
-    Scanner::new(Arc::new(fake.clone())).scan().await.unwrap()
+    Scanner::new(Arc::new(fake.clone()), None).scan().await.unwrap()
 }
 
 #[tokio::test]
@@ -66,7 +66,7 @@ async fn follows_events() {
     let sender = watch::Sender::new(None);
     let mut inventory = sender.subscribe();
     let stop = CancellationToken::new();
-    let following = tokio::spawn(follow(Arc::new(fake.clone()), sender, stop.clone()));
+    let following = tokio::spawn(follow(Arc::new(fake.clone()), None, sender, stop.clone()));
     let wait = Duration::from_secs(10);
     tokio::time::timeout(wait, inventory.wait_for(Option::is_some)).await.unwrap().unwrap();
     let image = Blobs::image(&[tar(&[("a", b"1")])]);

@@ -199,6 +199,7 @@ pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRe
         reference: name.to_owned(),
         digest: image.target.digest.to_string(),
         sources: peers.iter().map(source).collect(),
+        pulled: None,
     };
     request.try_into().unwrap()
 }

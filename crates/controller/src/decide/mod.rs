@@ -25,6 +25,7 @@ pub use action::{About, Action, Count, NewJob};
 pub use book::version;
 pub use event::{CreateAnswer, Event, Kind, TransferEvent};
 
+use crate::access;
 use crate::detect::WaitingPod;
 use crate::salvage::{Job, Limits};
 use crate::world::World;
@@ -39,6 +40,8 @@ pub struct Policy {
     pub enabled: bool,
     /// Bounds of what runs at once.
     pub limits: Limits,
+    /// What is asked for before an image moves, beside the opt-ins.
+    pub access: access::Policy,
 }
 
 /// All that is known.
@@ -70,7 +73,7 @@ impl State {
     pub fn new(policy: Policy) -> Self {
         Self {
             policy,
-            world: World::new(policy.enabled),
+            world: World::new(policy.enabled, policy.access),
             pods: BTreeMap::new(),
             jobs: BTreeMap::new(),
             by_image: HashMap::new(),

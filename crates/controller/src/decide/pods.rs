@@ -85,6 +85,17 @@ impl State {
         }
         match resolve(reference, None, &node, None, &self.world.fleet) {
             Resolution::Found { digest, sources, on_target } => {
+                let access = self.world.access(&entry.pod.namespace, &digest, false);
+                if !access.is_given() {
+                    if let Some(at) = self.world.unsettled_until(now) {
+                        // An agent that is away may know better.
+                        sooner(again, at);
+                        return;
+                    }
+                    let note = access.message(&entry.pod.namespace);
+                    entry.not_actionable(wait, access.reason(), &note, &mut self.actions);
+                    return;
+                }
                 self.want(entry, wait, reference, &digest, &sources, on_target, now, again);
             }
             Resolution::Missing(missing) => self.cannot(entry, wait, reference, &missing, now, again),

@@ -7,6 +7,9 @@ use std::sync::Arc;
 
 use tote_image::{Digest, Platform};
 use tote_rpc::v1;
+use tote_rpc::v1::PullRecords;
+
+use crate::access::Pulled;
 
 /// Name of a Node.
 pub type NodeName = Arc<str>;
@@ -31,6 +34,10 @@ pub struct Manifest {
     pub platform: Platform,
     /// Whether config and layers are all there.
     pub complete: bool,
+    /// The config's digest: what CRI, and so kubelet, knows the image by.
+    pub image_id: Option<Digest>,
+    /// What the node's kubelet has written down about who may have it.
+    pub pulled: Option<Arc<Pulled>>,
 }
 
 /// A node whose agent has a session.
@@ -42,6 +49,8 @@ pub struct Node {
     pub platform: Platform,
     /// Why it cannot be a target at present; empty when it can.
     pub problem: String,
+    /// Whether its kubelet writes down who may have an image.
+    pub records: PullRecords,
     images: HashMap<Digest, Arc<Image>>,
 }
 
@@ -65,9 +74,21 @@ pub struct Inventory {
     /// By record name: what each node means by it.
     by_name: HashMap<Arc<str>, BTreeMap<NodeName, Digest>>,
     interned: HashSet<Arc<Image>>,
+    /// By image ID: each node's record of it, with the target below which it is told. That of a node without a session
+    /// stays until it is back or gone.
+    pulled: HashMap<Digest, BTreeMap<(NodeName, Digest), Arc<Pulled>>>,
     /// What nodes without a session last meant by names; these stand in `by_name` too. A node that is away for a
     /// moment must not turn an ambiguous tag into a clear one.
-    last: HashMap<NodeName, Vec<Arc<str>>>,
+    last: HashMap<NodeName, Last>,
+}
+
+/// What is remembered of a node without a session.
+#[derive(Debug, Default)]
+struct Last {
+    /// Names of records.
+    meant: Vec<Arc<str>>,
+    /// Images of which its kubelet has a record.
+    recorded: Vec<Arc<Image>>,
 }
 
 impl Image {
@@ -87,6 +108,8 @@ impl Image {
                         digest: m.digest.parse().ok()?,
                         platform: platform(m.platform.as_ref()),
                         complete: m.complete,
+                        image_id: m.config_digest.parse().ok(),
+                        pulled: m.pulled.as_ref().map(|record| Arc::new(Pulled::from_wire(record))),
                     })
                 })
                 .collect(),
@@ -109,10 +132,18 @@ impl Image {
 
 impl Inventory {
     /// A node's session stands: replaces all that was known of it.
-    pub fn up(&mut self, name: &NodeName, address: String, platform: Platform, problem: String) {
+    pub fn up(
+        &mut self,
+        name: &NodeName,
+        address: String,
+        platform: Platform,
+        problem: String,
+        records: PullRecords,
+    ) {
         self.down(name);
         self.forget(name);
-        self.nodes.insert(name.clone(), Node { address, platform, problem, images: HashMap::new() });
+        let images = HashMap::new();
+        self.nodes.insert(name.clone(), Node { address, platform, problem, records, images });
     }
 
     /// A node's session ended: what it holds is out of reach. What it means by names is remembered until it is back
@@ -120,7 +151,11 @@ impl Inventory {
     pub fn down(&mut self, name: &NodeName) {
         let Some(node) = self.nodes.remove(name) else { return };
         let mut meant = Vec::new();
+        let mut recorded = Vec::new();
         for image in node.images.into_values() {
+            if records_of(&image).next().is_some() {
+                recorded.push(image.clone());
+            }
             for record in records(&image) {
                 if self.by_name.get(record).and_then(|meanings| meanings.get(name)) == Some(&image.target) {
                     meant.push((record.clone(), image.target.clone()));
@@ -131,7 +166,9 @@ impl Inventory {
         for (record, target) in &meant {
             self.by_name.entry(record.clone()).or_default().insert(name.clone(), target.clone());
         }
-        self.last.insert(name.clone(), meant.into_iter().map(|(record, _)| record).collect());
+        recorded.iter().for_each(|image| self.index_records(name, image));
+        let meant = meant.into_iter().map(|(record, _)| record).collect();
+        self.last.insert(name.clone(), Last { meant, recorded });
     }
 
     /// Forgets what nodes without a session meant, but for those that there still are.
@@ -143,7 +180,9 @@ impl Inventory {
     }
 
     fn forget(&mut self, name: &NodeName) {
-        for record in self.last.remove(name).unwrap_or_default() {
+        let Last { meant, recorded } = self.last.remove(name).unwrap_or_default();
+        recorded.iter().for_each(|image| self.unindex_records(name, image));
+        for record in meant {
             if let Some(meanings) = self.by_name.get_mut(&record) {
                 meanings.remove(name);
                 if meanings.is_empty() {
@@ -174,8 +213,27 @@ impl Inventory {
             let meanings = self.by_name.entry(record.clone()).or_default();
             meanings.insert(name.clone(), image.target.clone());
         }
+        self.index_records(name, &image);
         if let Some(node) = self.nodes.get_mut(name) {
             node.images.insert(image.target.clone(), image);
+        }
+    }
+
+    fn index_records(&mut self, name: &NodeName, image: &Image) {
+        for (id, record) in records_of(image) {
+            let known = self.pulled.entry(id.clone()).or_default();
+            known.insert((name.clone(), image.target.clone()), record.clone());
+        }
+    }
+
+    fn unindex_records(&mut self, name: &NodeName, image: &Image) {
+        for (id, _) in records_of(image) {
+            if let Some(known) = self.pulled.get_mut(id) {
+                known.remove(&(name.clone(), image.target.clone()));
+                if known.is_empty() {
+                    self.pulled.remove(id);
+                }
+            }
         }
     }
 
@@ -188,6 +246,7 @@ impl Inventory {
     }
 
     fn unindex(&mut self, name: &NodeName, image: &Arc<Image>) {
+        self.unindex_records(name, image);
         for digest in digests(image) {
             if let Some(holders) = self.by_digest.get_mut(digest) {
                 holders.remove(&(name.clone(), image.target.clone()));
@@ -249,6 +308,24 @@ impl Inventory {
         holders
     }
 
+    /// All kubelets' records of who may have the image `digest` (of an index or a manifest), under whatever digest and
+    /// name each node has it, one for each node: an image is what its config makes it.
+    pub fn records(&self, digest: &Digest) -> Vec<&Pulled> {
+        let mut ids = BTreeSet::new();
+        for (name, target) in self.by_digest.get(digest).into_iter().flatten() {
+            let Some(image) = self.nodes.get(name).and_then(|node| node.images.get(target)) else { continue };
+            let below = image.manifests.iter().filter(|m| image.target == *digest || m.digest == *digest);
+            ids.extend(below.filter_map(|manifest| manifest.image_id.as_ref()));
+        }
+        let mut records = Vec::new();
+        for known in ids.into_iter().filter_map(|id| self.pulled.get(id)) {
+            let by_node: BTreeMap<&NodeName, &Pulled> =
+                known.iter().map(|((node, _), record)| (node, &**record)).collect();
+            records.extend(by_node.into_values());
+        }
+        records
+    }
+
     /// Names of the records, other than config IDs, under which a node has `digest`.
     pub fn names_on(&self, node: &str, digest: &Digest) -> Vec<Arc<str>> {
         let image = self.nodes.get(node).and_then(|node| node.images.get(digest));
@@ -269,102 +346,15 @@ fn digests(image: &Image) -> impl Iterator<Item = &Digest> {
     std::iter::once(&image.target).chain(below)
 }
 
+/// By image ID, the kubelet's records that an image comes with.
+fn records_of(image: &Image) -> impl Iterator<Item = (&Digest, &Arc<Pulled>)> {
+    image.manifests.iter().filter_map(|m| m.image_id.as_ref().zip(m.pulled.as_ref()))
+}
+
 /// The records that bear a reference: CRI's own record of the config ID is none.
 fn records(image: &Image) -> impl Iterator<Item = &Arc<str>> {
     image.names.iter().filter(|name| !name.starts_with("sha256:"))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn digest(n: u8) -> Digest {
-        Digest::sha256(&[n])
-    }
-
-    fn image(target: u8, names: &[&str], complete: bool) -> Image {
-        Image {
-            target: digest(target),
-            names: names.iter().map(|&n| n.into()).collect(),
-            manifests: vec![Manifest {
-                digest: digest(target + 100),
-                platform: Platform::new("linux", "amd64", ""),
-                complete,
-            }],
-        }
-    }
-
-    fn fleet(names: &[&str]) -> Inventory {
-        let mut inventory = Inventory::default();
-        for name in names {
-            let platform = Platform::new("linux", "amd64", "");
-            inventory.up(&(*name).into(), "10.0.0.1:9090".into(), platform, String::new());
-        }
-        inventory
-    }
-
-    #[test]
-    fn finds_by_target_and_by_manifest() {
-        let mut f = fleet(&["a", "b"]);
-        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
-        f.upsert(&"b".into(), image(1, &["r/x:1"], false));
-        let amd64 = Platform::new("linux", "amd64", "");
-        let arm64 = Platform::new("linux", "arm64", "");
-        for wanted in [digest(1), digest(101)] {
-            let held = f.holders(&wanted, Some(&amd64));
-            assert_eq!(held[&NodeName::from("a")], Holder::Complete);
-            assert_eq!(held[&NodeName::from("b")], Holder::Incomplete);
-            assert_eq!(f.holders(&wanted, Some(&arm64))[&NodeName::from("a")], Holder::OtherPlatform);
-        }
-        assert_eq!(f.present("a", "r/x:1"), Some(&digest(1)));
-        assert_eq!(f.present("b", "r/x:1"), None, "incomplete is not present");
-    }
-
-    #[test]
-    fn forgets_what_went() {
-        let mut f = fleet(&["a", "b"]);
-        for node in ["a", "b"] {
-            f.upsert(&node.into(), image(1, &["r/x:1", "sha256:abc"], true));
-        }
-        assert_eq!(f.images(), 1, "interned");
-        assert_eq!(f.meanings("sha256:abc").count(), 0, "a config ID is no name");
-        f.remove(&"a".into(), &digest(1));
-        assert_eq!(f.holders(&digest(1), None).len(), 1);
-        f.down(&"b".into());
-        assert_eq!(f.holders(&digest(1), None).len(), 0);
-        assert_eq!(f.meanings("r/x:1").count(), 1, "a node that is away still means it");
-        f.forget_all_but(|name| &**name == "b");
-        assert_eq!(f.meanings("r/x:1").count(), 1);
-        f.forget_all_but(|_| false);
-        assert_eq!(f.meanings("r/x:1").count(), 0, "a node that is gone does not");
-        assert_eq!((f.images(), f.nodes_up()), (0, 1));
-        assert!(f.by_digest.is_empty() && f.by_name.is_empty());
-    }
-
-    #[test]
-    fn a_name_that_moved_means_the_new_target_in_either_order() {
-        let mut f = fleet(&["a"]);
-        let a: NodeName = "a".into();
-        f.upsert(&a, image(1, &["r/x:1"], true));
-        f.upsert(&a, image(2, &["r/x:1"], true));
-        f.remove(&a, &digest(1));
-        let meaning: Vec<_> = f.meanings("r/x:1").collect();
-        assert_eq!(meaning, vec![(&a, &digest(2))]);
-    }
-
-    #[test]
-    fn a_node_that_comes_back_means_what_it_says_then() {
-        let mut f = fleet(&["a"]);
-        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
-        f.down(&"a".into());
-        f.up(&"a".into(), String::new(), Platform::new("linux", "amd64", ""), String::new());
-        assert_eq!(f.meanings("r/x:1").count(), 0);
-    }
-
-    #[test]
-    fn a_node_without_a_session_says_nothing() {
-        let mut f = fleet(&[]);
-        f.upsert(&"a".into(), image(1, &["r/x:1"], true));
-        assert_eq!(f.images(), 0);
-    }
-}
+mod tests;

@@ -3,9 +3,11 @@
 use jiff::Timestamp;
 use tote_api::Phase;
 use tote_image::Digest;
+use tote_rpc::v1::PullRecords;
 
 use super::job::{Job, Run, Source};
 use super::{Wanted, after};
+use crate::access::Access;
 use crate::detect::Consent;
 use crate::resolve::{Missing, Resolution, resolve};
 use crate::text;
@@ -27,6 +29,8 @@ pub enum Step {
         message: String,
         /// Whether its transfer must end.
         cancel: bool,
+        /// Set where that is what is missing.
+        access: Option<Access>,
     },
     /// The next attempt is due later.
     BackOff,
@@ -36,6 +40,8 @@ pub enum Step {
         digest: Digest,
         /// Where it is to be had; empty if the target holds every blob.
         sources: Vec<Source>,
+        /// Why the namespace may have it.
+        access: Access,
     },
     /// Its transfer runs as it should.
     Keep,
@@ -129,15 +135,15 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
     }
     let found = look(job, wanted, world, now, again);
     match (&job.run, found) {
-        (Run::Running { sources, .. }, Ok((_, available))) => reattach(sources, &available),
+        (Run::Running { sources, .. }, Ok((_, available, _))) => reattach(sources, &available),
         (Run::Running { .. }, Err(_)) => Step::Keep,
-        (_, Ok((digest, sources))) => Step::Ready { digest, sources },
+        (_, Ok((digest, sources, access))) => Step::Ready { digest, sources, access },
         (_, Err(step)) => step,
     }
 }
 
 fn wait(reason: &'static str, message: String) -> Step {
-    Step::Wait { reason, message, cancel: false }
+    Step::Wait { reason, message, cancel: false, access: None }
 }
 
 fn sooner(again: &mut Option<Timestamp>, at: Timestamp) {
@@ -165,7 +171,7 @@ fn held(job: &Job, world: &World) -> Option<Step> {
     } else {
         return None;
     };
-    Some(Step::Wait { reason, message: message.to_owned(), cancel: true })
+    Some(Step::Wait { reason, message: message.to_owned(), cancel: true, access: None })
 }
 
 /// Not allowed in its namespace.
@@ -183,7 +189,7 @@ fn refused(job: &Job, world: &World) -> Option<Step> {
         ),
         Consent::Terminating => ("NamespaceTerminating", format!("namespace {namespace} is being deleted")),
     };
-    Some(Step::Wait { reason, message, cancel: true })
+    Some(Step::Wait { reason, message, cancel: true, access: None })
 }
 
 fn overdue(job: &Job, now: Timestamp, again: &mut Option<Timestamp>) -> Option<Step> {
@@ -220,7 +226,7 @@ fn look(
     world: &World,
     now: Timestamp,
     again: &mut Option<Timestamp>,
-) -> Result<(Digest, Vec<Source>), Step> {
+) -> Result<(Digest, Vec<Source>, Access), Step> {
     let pin = job.digest();
     if pin.is_none()
         && let Some(at) = world.unsettled_until(now)
@@ -239,7 +245,27 @@ fn look(
             } else {
                 sources.iter().filter_map(|node| world.source(node)).collect()
             };
-            Ok((digest, sources))
+            let access = world.access(&job.namespace, &digest, false);
+            if !access.is_given() {
+                let message = access.message(&job.namespace);
+                return Err(Step::Wait {
+                    reason: access.reason(),
+                    message,
+                    cancel: false,
+                    access: Some(access),
+                });
+            }
+            let node = &*job.spec.node_name;
+            if access.travels()
+                && world.fleet.node(node).is_some_and(|n| n.records == PullRecords::Unspecified)
+            {
+                let message = format!(
+                    "the agent on node {node} cannot write down for kubelet who may have this image: it is older than \
+                     the controller, or runs without --kubelet-dir (agent.kubeletDir)"
+                );
+                return Err(wait("TargetNotUsable", message));
+            }
+            Ok((digest, sources, access))
         }
         Resolution::Missing(Missing::Nowhere { digest }) if only.is_some() => {
             let (source, image) = (only.unwrap_or_default(), &job.spec.image);

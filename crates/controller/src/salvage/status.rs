@@ -6,6 +6,7 @@ use tote_api::names::condition;
 use tote_api::{Phase, SalvageJobStatus, Transfer};
 
 use super::job::{Job, Progress};
+use crate::access::Access;
 use crate::text;
 
 /// The longest message of a condition, in bytes (metav1.Condition allows 32 KiB; a screen does not).
@@ -92,6 +93,16 @@ pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Time
     set(status, condition::READY, imported, reason, message, now);
     set(status, condition::RECONCILING, reconciling, reason, message, now);
     set(status, condition::STALLED, stalled, reason, message, now);
+}
+
+/// Notes whether the namespace may have the image, and how that is known.
+pub fn access(job: &mut Job, access: Access, message: &str, now: Timestamp) {
+    let value = match access {
+        Access::EveryPod | Access::Named | Access::Runs => "True",
+        Access::NotAsked | Access::Unrecorded => "Unknown",
+        Access::Unproven { .. } => "False",
+    };
+    set(&mut job.status, condition::ACCESS_PROVEN, value, access.reason(), message, now);
 }
 
 /// Notes that the spec was seen as it is now, where nothing else changes: what watches (kstatus) waits for it.

@@ -1,5 +1,6 @@
 //! Events in, actions out: the whole of what the controller decides, without a cluster.
 
+mod access;
 mod jobs;
 mod known;
 mod pods;
@@ -7,8 +8,10 @@ mod pods;
 use serde_json::json;
 use tote_api::{SalvageJob, names};
 use tote_image::{Digest, Platform};
+use tote_rpc::v1::PullRecords;
 
 use super::*;
+use crate::access::Policy as AccessPolicy;
 use crate::detect::{Consent, Wait};
 use crate::fleet::{FleetEvent, Image, Manifest};
 use crate::salvage::{Progress, after};
@@ -33,6 +36,8 @@ fn image(n: u8, names: &[&str], complete: bool) -> Image {
             digest: digest(n + 100),
             platform: Platform::new("linux", "amd64", ""),
             complete,
+            image_id: Some(digest(n + 200)),
+            pulled: None,
         }],
     }
 }
@@ -59,7 +64,7 @@ impl Bench {
 
     fn cold(enabled: bool) -> Self {
         let limits = Limits { fleet: 2, target: 2, source: 2 };
-        let state = State::new(Policy { enabled, limits });
+        let state = State::new(Policy { enabled, limits, access: AccessPolicy::Records });
         let mut bench = Self { state, now: "2026-01-01T00:00:00Z".parse().unwrap(), jobs: 0, version: 0 };
         for (name, says) in
             [("shop", Consent::Given), ("work", Consent::NotGiven), ("kube-system", Consent::Denied)]
@@ -82,6 +87,7 @@ impl Bench {
             address: format!("{node}:9090"),
             platform: Platform::new("linux", "amd64", ""),
             problem: String::new(),
+            records: PullRecords::Kept,
             images,
         }));
     }
