@@ -24,7 +24,7 @@ fn template(values: &[&str]) -> Result<String, String> {
 }
 
 /// Every value of values.yaml, set to something else, and what it must change in the output.
-const EVERY_VALUE: [(&str, &[&str]); 26] = [
+const EVERY_VALUE: [(&str, &[&str]); 28] = [
     ("image.repository=registry.corp:5000/ops/tote", &["\"registry.corp:5000/ops/tote:0.1.0\""]),
     ("image.tag=0.9.9", &["\"localhost/tote:0.9.9\""]),
     ("image.pullPolicy=Never", &["imagePullPolicy: Never"]),
@@ -35,6 +35,7 @@ const EVERY_VALUE: [(&str, &[&str]); 26] = [
     ("log.format=json", &["--log-format=json"]),
     ("controller.replicas=2", &["replicas: 2"]),
     ("controller.maxConcurrentSalvages=7", &["--max-concurrent-salvages=7"]),
+    ("controller.access=any", &["--access=any"]),
     ("controller.sessionTTL=7m", &["--session-ttl=7m"]),
     ("tls.certificateLifetime=90m", &["--certificate-lifetime=90m"]),
     ("tls.existingSecret=my-ca", &["--ca-secret=my-ca", "resourceNames: [my-ca]"]),
@@ -49,6 +50,14 @@ const EVERY_VALUE: [(&str, &[&str]); 26] = [
             "--containerd-socket=/run/k3s/containerd/c.sock",
             "mountPath: /run/k3s/containerd\n",
             "path: /run/k3s/containerd\n",
+        ],
+    ),
+    (
+        "agent.kubeletDir=/data/kubelet",
+        &[
+            "--kubelet-dir=/data/kubelet\n",
+            "mountPath: /data/kubelet/image_manager\n",
+            "path: /data/kubelet/image_manager\n            type: DirectoryOrCreate\n",
         ],
     ),
     ("agent.maxBandwidth=50Mi", &["--max-bandwidth=50Mi"]),
@@ -172,11 +181,25 @@ fn agents_mount_no_token_of_the_api_server() {
     assert!(!agents.contains("optional:"), "{agents}");
 }
 
+/// Of kubelet's directory, where also the Secrets of all pods of the node lie, the agents see one part.
+#[test]
+fn agents_mount_nothing_of_kubelets_but_its_records() {
+    let output = template(&[]).unwrap();
+    let agents = output.split("\n---\n").find(|d| d.contains("\nkind: DaemonSet\n")).unwrap();
+    let paths: Vec<&str> = agents.lines().filter_map(|line| line.trim().strip_prefix("path: ")).collect();
+    let of_the_host: Vec<&&str> =
+        paths.iter().filter(|path| path.starts_with('/') && !path.ends_with('z')).collect();
+    assert_eq!(of_the_host, [&"/run/containerd", &"/var/lib/kubelet/image_manager"]);
+}
+
 #[test]
 fn a_bad_value_is_refused_by_name() {
     for (value, field) in [
         ("agent.containerdSocket=containerd.sock", "containerdSocket"),
+        ("agent.kubeletDir=", "kubeletDir"),
+        ("agent.kubeletDir=/var/lib/kubelet/", "kubeletDir"),
         ("agent.maxBandwidth=fast", "maxBandwidth"),
+        ("controller.access=all", "access"),
         ("config.metricsAddr=8080", "metricsAddr"),
         ("config.enabled=perhaps", "enabled"),
         ("controller.maxConcurrentSalvages=0", "maxConcurrentSalvages"),

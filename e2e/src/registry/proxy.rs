@@ -1,6 +1,6 @@
 //! The proxy in front of docker-registry: accepts, applies mode and rules, forwards, counts.
 
-use super::{Effect, Mode, Request, Rule, Upstream, upstream};
+use super::{AUTHORIZATION, Effect, Mode, Request, Rule, Upstream, upstream};
 use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use futures::stream;
@@ -280,6 +280,14 @@ async fn answer(state: &State, socket: &Path, request: hyper::Request<Incoming>)
         seen.status.store(status, Ordering::Relaxed);
         return refusal(status);
     }
+    let authorization = request.headers().get(hyper::header::AUTHORIZATION);
+    if effect == Some(Effect::Login) && authorization.is_none_or(|value| value != AUTHORIZATION) {
+        seen.status.store(401, Ordering::Relaxed);
+        let mut response = refusal(401)?;
+        let challenge = hyper::header::HeaderValue::from_static("Basic realm=\"test\"");
+        response.headers_mut().insert(hyper::header::WWW_AUTHENTICATE, challenge);
+        return Ok(response);
+    }
     let response = upstream::send(socket, request).await?;
     seen.status.store(response.status().as_u16(), Ordering::Relaxed);
     let (parts, incoming) = response.into_parts();
@@ -335,7 +343,7 @@ impl Flow {
                 }
                 length = length.min(usize::try_from(left).unwrap_or(usize::MAX));
             }
-            Some(Effect::Status(_) | Effect::Hang) | None => {}
+            Some(Effect::Status(_) | Effect::Hang | Effect::Login) | None => {}
         }
         let data = self.rest.split_to(length);
         self.seen.bytes.fetch_add(length as u64, Ordering::Relaxed);
