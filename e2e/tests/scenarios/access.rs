@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use tote_api::names;
+use tote_api::{SalvageJob, names};
 use tote_e2e::cluster::Node;
 use tote_e2e::images::Image;
 use tote_e2e::inspect;
@@ -63,7 +63,7 @@ async fn two_namespaces(play: &Play, owner: &Tenant, stranger: &Tenant) -> Resul
     stranger.start("waiting", &without("n2")).await?;
     let note = stranger.event("waiting", names::event::IMAGE_NOT_ACTIONABLE, SOON).await?;
     stranger.declare("by-hand", json!({"image": &reference, "nodeName": "n2"})).await?;
-    let unproven = |job: &_| imported_reason(job).0 == "AccessUnproven";
+    let unproven = |job: &SalvageJob| imported_reason(job).0 == "AccessUnproven";
     let job = stranger.until_job("that is AccessUnproven", SOON, unproven).await?;
     for said in [note, imported_reason(&job).1] {
         ensure!(said.contains(&format!("namespace {}", stranger.namespace())), "{said}");

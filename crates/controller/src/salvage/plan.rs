@@ -255,6 +255,17 @@ fn look(
                     access: Some(access),
                 });
             }
+            if let Some(at) = world.first_settled(now)
+                && access != Access::NotAsked
+                && !job.has_begun()
+            {
+                // A node that has not been heard of yet may restrict the image.
+                sooner(again, at);
+                return Err(wait(
+                    "Resolving",
+                    "waiting for the agents, to ask all of them who may have it".to_owned(),
+                ));
+            }
             let node = &*job.spec.node_name;
             if access.travels()
                 && world.fleet.node(node).is_some_and(|n| n.records == PullRecords::Unspecified)

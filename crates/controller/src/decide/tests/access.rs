@@ -152,3 +152,25 @@ fn the_policy_may_be_not_to_ask() {
     assert_eq!(travelled(&bench.decide()), [None]);
     assert_eq!(condition(&bench, "job-1").1, "NotAsked");
 }
+
+#[test]
+fn a_leader_that_has_just_begun_hears_every_agent_before_it_lets_an_image_move() {
+    let mut bench = Bench::cold(true);
+    for kind in Kind::ALL {
+        let seen = match kind {
+            Kind::Namespaces => ["shop", "work", "kube-system"].map(Arc::from).into(),
+            Kind::Nodes => ["a", "b", "c"].map(Arc::from).into(),
+            _ => HashSet::new(),
+        };
+        bench.on(Event::Listed(kind, seen));
+    }
+    bench.on(Event::Fleet(FleetEvent::Expected(["a".into(), "b".into(), "c".into()].into())));
+    bench.up("b", vec![]);
+    bench.up("c", vec![image(1, &["r.test/x:1"], true)]);
+    let spec = json!({"image": "r.test/x:1", "digest": digest(1).as_str(), "nodeName": "b"});
+    let uid = bench.job("mine", spec, false);
+    assert_eq!(imports(&bench.decide()), [], "a may have a record");
+    bench.up("a", vec![private(&["work"])]);
+    assert_eq!(imports(&bench.decide()), []);
+    assert_eq!(bench.reason(&uid), (Phase::Pending, "AccessUnproven".into()));
+}
