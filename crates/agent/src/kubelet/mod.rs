@@ -142,7 +142,7 @@ impl Records {
         }
         // First what is being pulled: what is no longer has its record by now.
         let pulling = files(&self.pulling).map(|files| {
-            let images = files.into_iter().filter_map(|(_, bytes)| parse_intent(&bytes.ok()?).ok());
+            let images = files.into_values().filter_map(|bytes| parse_intent(&bytes.ok()?).ok());
             images.filter_map(|image| Some(image.parse::<Reference>().ok()?.to_string())).collect()
         });
         let pulled = files(&self.pulled).map(|files| {

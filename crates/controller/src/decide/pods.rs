@@ -92,8 +92,8 @@ impl State {
                         sooner(again, at);
                         return;
                     }
-                    let note = access.message(&entry.pod.namespace);
-                    entry.not_actionable(wait, access.reason(), &note, &mut self.actions);
+                    let says = access.message(&entry.pod.namespace);
+                    entry.not_actionable(wait, access.reason(), &says, &mut self.actions);
                     return;
                 }
                 self.want(entry, wait, reference, &digest, &sources, on_target, now, again);

@@ -166,7 +166,9 @@ impl Inventory {
         for (record, target) in &meant {
             self.by_name.entry(record.clone()).or_default().insert(name.clone(), target.clone());
         }
-        recorded.iter().for_each(|image| self.index_records(name, image));
+        for image in &recorded {
+            self.index_records(name, image);
+        }
         let meant = meant.into_iter().map(|(record, _)| record).collect();
         self.last.insert(name.clone(), Last { meant, recorded });
     }
@@ -181,7 +183,9 @@ impl Inventory {
 
     fn forget(&mut self, name: &NodeName) {
         let Last { meant, recorded } = self.last.remove(name).unwrap_or_default();
-        recorded.iter().for_each(|image| self.unindex_records(name, image));
+        for image in &recorded {
+            self.unindex_records(name, image);
+        }
         for record in meant {
             if let Some(meanings) = self.by_name.get_mut(&record) {
                 meanings.remove(name);
