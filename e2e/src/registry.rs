@@ -63,7 +63,15 @@ pub enum Effect {
     AskPassword,
     /// Answers 401 and asks for a token, to be had at this registry's `/token` (`WWW-Authenticate: Bearer`).
     AskToken,
+    /// Asks for a login ([`LOGIN`], by basic authentication) and answers whoever has it.
+    Login,
 }
+
+/// User and password that [`Effect::Login`] wants.
+pub const LOGIN: (&str, &str) = ("puller", "sesame");
+
+/// How a request says so.
+const AUTHORIZATION: &str = "Basic cHVsbGVyOnNlc2FtZQ==";
 
 /// A request that reached the proxy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,6 +144,14 @@ pub trait Control {
     /// As [`Control::command`].
     fn error(&self, status: u16) -> Result<()> {
         self.rules(&[Rule { path: String::new(), effect: Effect::Status(status) }])
+    }
+
+    /// Asks everybody for a login.
+    ///
+    /// # Errors
+    /// As [`Control::command`].
+    fn demand_login(&self) -> Result<()> {
+        self.rules(&[Rule { path: String::new(), effect: Effect::Login }])
     }
 
     /// Replaces all rules.

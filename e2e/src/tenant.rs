@@ -8,7 +8,7 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use k8s_openapi::api::core::v1::{ContainerStatus, Event, Namespace, Pod};
+use k8s_openapi::api::core::v1::{ContainerStatus, Event, Namespace, Pod, Secret};
 use kube::api::{DeleteParams, ListParams, LogParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
@@ -26,6 +26,8 @@ pub struct PodShape {
     pub init_image: Option<String>,
     /// `Always`, `IfNotPresent`, `Never`, or what the API server's default is.
     pub pull_policy: Option<&'static str>,
+    /// Name of a Secret to pull with.
+    pub pull_secret: Option<&'static str>,
     /// Whether the pod is annotated `tote.dev/auto-salvage`.
     pub opted_in: bool,
     /// The node it is bound to.
@@ -39,6 +41,7 @@ impl PodShape {
             image: image.to_owned(),
             init_image: None,
             pull_policy: None,
+            pull_secret: None,
             opted_in: true,
             node: node.to_owned(),
         }
@@ -64,6 +67,9 @@ impl PodShape {
             let mut init = container("init", image);
             init["command"] = json!(["/bin/busybox", "true"]);
             spec["initContainers"] = json!([init]);
+        }
+        if let Some(secret) = self.pull_secret {
+            spec["imagePullSecrets"] = json!([{ "name": secret }]);
         }
         let mut metadata = json!({ "name": name });
         if self.opted_in {
@@ -131,6 +137,18 @@ impl Tenant {
     /// Creates a pod.
     pub async fn start(&self, name: &str, shape: &PodShape) -> Result<()> {
         self.pods().create(&PostParams::default(), &shape.to_pod(name)?).await.context("creating the pod")?;
+        Ok(())
+    }
+
+    /// Creates a Secret to pull from a registry with.
+    pub async fn pull_secret(&self, name: &str, registry: &str, login: (&str, &str)) -> Result<()> {
+        let auths = json!({"auths": {registry: {"username": login.0, "password": login.1}}});
+        let object = json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": { "name": name },
+            "type": "kubernetes.io/dockerconfigjson", "stringData": { ".dockerconfigjson": auths.to_string() },
+        });
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        secrets.create(&PostParams::default(), &serde_json::from_value(object)?).await?;
         Ok(())
     }
 

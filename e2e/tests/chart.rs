@@ -44,6 +44,7 @@ const EVERY_VALUE: &[(&str, &[&str])] = &[
     ("controller.ambiguousTags=newest", &["--tag-policy=newest"]),
     ("controller.maxUploadsPerNode=8", &["--max-uploads-per-node=8"]),
     ("controller.maxConcurrentInCluster=99", &["--max-concurrent-in-cluster=99"]),
+    ("controller.access=any", &["--access=any"]),
     ("controller.sessionTTL=7m", &["--session-ttl=7m"]),
     ("tls.certificateLifetime=90m", &["--certificate-lifetime=90m"]),
     ("tls.existingSecret=my-ca", &["--ca-secret=my-ca", "resourceNames: [my-ca]"]),
@@ -58,6 +59,14 @@ const EVERY_VALUE: &[(&str, &[&str])] = &[
             "--containerd-socket=/run/k3s/containerd/c.sock",
             "mountPath: /run/k3s/containerd\n",
             "path: /run/k3s/containerd\n",
+        ],
+    ),
+    (
+        "agent.kubeletDir=/data/kubelet",
+        &[
+            "--kubelet-dir=/data/kubelet\n",
+            "mountPath: /data/kubelet/image_manager\n",
+            "path: /data/kubelet/image_manager\n            type: DirectoryOrCreate\n",
         ],
     ),
     ("agent.maxBandwidth=50Mi", &["--max-bandwidth=50Mi"]),
@@ -357,11 +366,25 @@ fn agents_mount_no_token_of_the_api_server() {
     assert!(!agents.contains("optional:"), "{agents}");
 }
 
+/// Of kubelet's directory, where also the Secrets of all pods of the node lie, the agents see one part.
+#[test]
+fn agents_mount_nothing_of_kubelets_but_its_records() {
+    let output = template(&[]).unwrap();
+    let agents = output.split("\n---\n").find(|d| d.contains("\nkind: DaemonSet\n")).unwrap();
+    let paths: Vec<&str> = agents.lines().filter_map(|line| line.trim().strip_prefix("path: ")).collect();
+    let of_the_host: Vec<&&str> =
+        paths.iter().filter(|path| path.starts_with('/') && !path.ends_with('z')).collect();
+    assert_eq!(of_the_host, [&"/run/containerd", &"/var/lib/kubelet/image_manager"]);
+}
+
 #[test]
 fn a_bad_value_is_refused_by_name() {
     for (value, field) in [
         ("agent.containerdSocket=containerd.sock", "containerdSocket"),
+        ("agent.kubeletDir=", "kubeletDir"),
+        ("agent.kubeletDir=/var/lib/kubelet/", "kubeletDir"),
         ("agent.maxBandwidth=fast", "maxBandwidth"),
+        ("controller.access=all", "access"),
         ("config.metricsAddr=8080", "metricsAddr"),
         ("config.enabled=perhaps", "enabled"),
         ("controller.maxConcurrentSalvages=0", "maxConcurrentSalvages"),

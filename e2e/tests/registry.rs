@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 use std::time::Instant;
 use tote_e2e::images::{Image, Layout, OCI_INDEX, OCI_MANIFEST, PRESETS, preset};
-use tote_e2e::registry::{Control, Effect, Mode, Options, Registry, Remote, Rule};
+use tote_e2e::registry::{Control, Effect, LOGIN, Mode, Options, Registry, Remote, Rule};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -134,6 +134,24 @@ fn a_request_that_hung_is_answered_when_the_black_hole_ends() {
     }
     registry.heal().unwrap();
     assert_eq!(client.join().unwrap(), Ok((200, 2)));
+}
+
+#[tokio::test]
+async fn a_login_can_be_demanded() {
+    let registry = registry();
+    let image = pushed(&registry, "tiny").await;
+    let manifest = format!("/v2/test/it/manifests/{}", image.digest());
+    registry.demand_login().unwrap();
+    assert_eq!(get(registry.address(), &manifest, SOON).map(|a| a.0), Ok(401));
+    let source = format!("docker://{}/test/it:v1", registry.address());
+    let inspected = |login: &str| {
+        let arguments = ["inspect", "--raw", "--tls-verify=false", login, &source];
+        Command::new("skopeo").args(arguments).output().unwrap().status.success()
+    };
+    assert!(inspected(&format!("--creds={}:{}", LOGIN.0, LOGIN.1)));
+    assert!(!inspected("--creds=puller:other"));
+    registry.heal().unwrap();
+    assert_eq!(get(registry.address(), &manifest, SOON).map(|a| a.0), Ok(200));
 }
 
 #[tokio::test]

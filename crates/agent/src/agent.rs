@@ -17,6 +17,7 @@ use crate::health;
 use crate::identity::{Mounts, Standing};
 use crate::import::{Bandwidth, Context, Imports, Lifetimes, Patience, Rate};
 use crate::inventory::{self, Inventory};
+use crate::kubelet::Records;
 use crate::metrics::Metrics;
 use crate::serve::{Served, router};
 use crate::service::{Service, Terms, epoch};
@@ -42,6 +43,8 @@ pub struct Settings {
     pub identity: Arc<Identity>,
     /// What says who it is.
     pub mounts: Option<Mounts>,
+    /// Where kubelet writes down who may have an image; without it nothing is known of that.
+    pub records: Option<Arc<Records>>,
 }
 
 /// Runs an agent until `stop`, then drains.
@@ -63,7 +66,7 @@ pub async fn run(
     let runtime_down = watch::Sender::new(false);
     let known_runtime_down = runtime_down.subscribe();
     let (known_facts, known_images) = (facts.subscribe(), images.subscribe());
-    tasks.spawn(inventory::follow(containerd.clone(), images, stop.clone()));
+    tasks.spawn(inventory::follow(containerd.clone(), settings.records.clone(), images, stop.clone()));
     tasks.spawn(until(stop.clone(), follow_facts(containerd.clone(), facts, runtime_down)));
     tasks.spawn(until(stop.clone(), count_images(known_images.clone(), metrics.clone())));
 
@@ -76,6 +79,7 @@ pub async fn run(
     let context = Context {
         patience: settings.patience,
         metrics: metrics.clone(),
+        records: settings.records.clone(),
         ..Context::new(containerd.clone(), peers, Bandwidth::new(settings.max_bandwidth))
     };
     let imports = Arc::new(Imports::new(context, settings.lifetimes));
@@ -108,6 +112,7 @@ pub async fn run(
         facts: known_facts,
         runtime_down: known_runtime_down,
         inventory: known_images,
+        records: settings.records,
         metrics,
         standing,
         grants,

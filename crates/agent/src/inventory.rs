@@ -1,4 +1,5 @@
-//! What images the node holds, kept true by containerd's events and a look now and then.
+//! What images the node holds, and who may have them by kubelet's records; kept true by containerd's events, changes of
+//! the records, and a look now and then.
 //!
 //! The scan asks the content store; putting the answer together and telling what changed are pure.
 
@@ -14,6 +15,7 @@ use tote_image::{Descriptor, Digest, Document, MAX_DOCUMENT_BYTES, Manifest, Pla
 use tote_rpc::v1;
 
 use crate::containerd::{Containerd, Error, ImageRecord};
+use crate::kubelet::{Pulls, Records};
 
 /// Events that come within this time of the first are one change.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -26,6 +28,13 @@ const SECOND_LOOK: Duration = Duration::from_secs(1);
 
 /// How often the node is looked at though no event came.
 const RECHECK: Duration = Duration::from_secs(30);
+
+/// Kubelet writes down who may have an image a moment after containerd has it. For so long at most an image that kubelet
+/// is pulling is not told of without its record: it would count as one that nobody has restricted.
+const RECORD_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often such an image is looked at.
+const RECORD_PAUSE: Duration = Duration::from_millis(100);
 
 /// All images of a node, by target digest.
 pub type Inventory = BTreeMap<Digest, Arc<v1::Image>>;
@@ -53,19 +62,48 @@ enum Known {
 /// Looks at a node, remembering the documents it has read.
 pub struct Scanner {
     containerd: Arc<dyn Containerd>,
+    records: Option<Arc<Records>>,
     known: HashMap<Digest, Known>,
+    /// Images that are not told of yet, and since when they are there.
+    held: HashMap<Digest, Instant>,
+    told: BTreeSet<Digest>,
 }
 
 impl Scanner {
     /// A scanner that has seen nothing.
-    pub fn new(containerd: Arc<dyn Containerd>) -> Self {
-        Self { containerd, known: HashMap::new() }
+    pub fn new(containerd: Arc<dyn Containerd>, records: Option<Arc<Records>>) -> Self {
+        let (known, held, told) = (HashMap::new(), HashMap::new(), BTreeSet::new());
+        Self { containerd, records, known, held, told }
+    }
+
+    /// Whether an image is there that waits for its record.
+    fn holds_back(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    async fn pulls(&self) -> Option<Arc<Pulls>> {
+        let records = self.records.clone()?;
+        // A task that reads files does not panic.
+        tokio::task::spawn_blocking(move || records.read()).await.ok()
+    }
+
+    /// Whether a new image is not to be told of yet: kubelet pulls it, and has not said who may have it.
+    fn waits(&mut self, digest: &Digest, image: &v1::Image, pulls: &Pulls) -> bool {
+        let is_recorded = image.manifests.iter().any(|manifest| manifest.pulled.is_some());
+        if self.told.contains(digest) || is_recorded || !pulls.is_pulling(&image.names) {
+            return false;
+        }
+        let since = *self.held.entry(digest.clone()).or_insert_with(Instant::now);
+        since.elapsed() < RECORD_PATIENCE
     }
 
     /// The node's images as they are now.
     pub async fn scan(&mut self) -> Result<Inventory, Error> {
         let records = self.containerd.images().await?;
         let sizes: HashMap<Digest, u64> = self.containerd.blobs().await?.into_iter().collect();
+        // After the images: what is not being pulled by now has its record.
+        let pulls = self.pulls().await;
+        let before = std::mem::take(&mut self.held);
         self.known.retain(|digest, _| sizes.contains_key(digest));
         let mut names: BTreeMap<Digest, (Descriptor, BTreeSet<String>)> = BTreeMap::new();
         for ImageRecord { name, target } in records {
@@ -73,7 +111,11 @@ impl Scanner {
         }
         let mut inventory = Inventory::new();
         for (digest, (target, names)) in names {
-            let manifests = self.manifests(&target, &sizes).await?;
+            let mut manifests = self.manifests(&target, &sizes).await?;
+            for manifest in &mut manifests {
+                let id = manifest.config_digest.parse().ok();
+                manifest.pulled = pulls.as_ref().zip(id).and_then(|(pulls, id)| pulls.of(&id));
+            }
             let image = v1::Image {
                 target: Some(v1::Descriptor {
                     media_type: target.media_type,
@@ -83,8 +125,16 @@ impl Scanner {
                 names: names.into_iter().collect(),
                 manifests,
             };
+            if let Some(since) = before.get(&digest) {
+                self.held.insert(digest.clone(), *since);
+            }
+            if pulls.as_ref().is_some_and(|pulls| self.waits(&digest, &image, pulls)) {
+                continue;
+            }
+            self.held.remove(&digest);
             inventory.insert(digest, Arc::new(image));
         }
+        self.told = inventory.keys().cloned().collect();
         Ok(inventory)
     }
 
@@ -191,6 +241,7 @@ fn summary(
         size: i64::try_from(own.saturating_add(manifest.content_size())).unwrap_or(i64::MAX),
         complete: here(&manifest.config) && manifest.layers.iter().all(here),
         created: 0,
+        pulled: None,
     }
 }
 
@@ -207,10 +258,11 @@ pub fn wire_platform(platform: &Platform) -> v1::Platform {
 /// Keeps `inventory` true until `stop`; `None` until the first scan has succeeded.
 pub async fn follow(
     containerd: Arc<dyn Containerd>,
+    records: Option<Arc<Records>>,
     inventory: watch::Sender<Option<Arc<Inventory>>>,
     stop: CancellationToken,
 ) {
-    let mut scanner = Scanner::new(containerd.clone());
+    let mut scanner = Scanner::new(containerd.clone(), records);
     let mut pause = Duration::from_millis(100);
     while !stop.is_cancelled() {
         let followed =
@@ -243,12 +295,25 @@ async fn follow_once(
             }
             differs
         });
-        match tokio::time::timeout(std::mem::replace(&mut wait, RECHECK), changes.next()).await {
-            Ok(None) => return Err(Error::Unavailable("its events ended".to_owned())),
-            Ok(Some(_)) => {
+        let mut within = std::mem::replace(&mut wait, RECHECK);
+        if scanner.holds_back() {
+            wait = within.min(wait);
+            within = RECORD_PAUSE;
+        }
+        let records = scanner.records.clone();
+        let rewritten = async {
+            match &records {
+                Some(records) => records.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            event = changes.next() => {
+                event.ok_or_else(|| Error::Unavailable("its events ended".to_owned()))?;
                 tokio::time::sleep_until((Instant::now() + SETTLE).max(looked + SPACING)).await;
             }
-            Err(_) => {}
+            () = rewritten => {}
+            () = tokio::time::sleep(within) => {}
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The agent of a node: reports what images the node's containerd holds, imports images from other nodes,
 //! and serves its own blobs to them.
 //!
-//! Must not know Kubernetes: everything here is about one containerd and some peers.
+//! Must not know the Kubernetes API: everything here is about one containerd, some peers, and what the node's kubelet
+//! has written down.
 
 pub mod agent;
 pub mod containerd;
@@ -9,6 +10,7 @@ pub mod health;
 pub mod identity;
 pub mod import;
 pub mod inventory;
+pub mod kubelet;
 pub mod metrics;
 pub mod remove;
 pub mod serve;

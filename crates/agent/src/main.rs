@@ -14,6 +14,7 @@ use tote_agent::agent::{Settings, run};
 use tote_agent::containerd::Client;
 use tote_agent::identity::Mounts;
 use tote_agent::import::{Lifetimes, Patience, Rate};
+use tote_agent::kubelet::Records;
 use tote_rpc::identity::Identity;
 use tracing_subscriber::EnvFilter;
 
@@ -30,6 +31,10 @@ struct Arguments {
     /// containerd's socket. Mount its directory: a mounted socket goes stale when containerd restarts.
     #[arg(long, default_value = "/run/containerd/containerd.sock")]
     containerd_socket: PathBuf,
+    /// Kubelet's directory (its `--root-dir`), for who may have an image: read, and added to, below `image_manager` in it.
+    /// Without it nothing is known of that, and an image that not everybody may have is not brought here.
+    #[arg(long)]
+    kubelet_dir: Option<PathBuf>,
     /// This node's name in Kubernetes.
     #[arg(long, env = "NODE_NAME")]
     node_name: String,
@@ -101,6 +106,7 @@ async fn start(arguments: Arguments) -> anyhow::Result<()> {
         lifetimes: Lifetimes::default(),
         identity: Identity::new().context("cannot make a key")?,
         mounts: Some(Mounts { token: arguments.token_file, authorities: arguments.ca_file }),
+        records: arguments.kubelet_dir.map(|directory| Arc::new(Records::new(&directory))),
     };
     let containerd = Arc::new(Client::new(&arguments.containerd_socket));
     run(containerd, settings, control, Some(health), stop).await.context("cannot serve")?;

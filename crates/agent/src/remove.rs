@@ -26,7 +26,7 @@ pub enum RemoveError {
 /// Removes every record that has this target, and gives their names. The node is looked at anew: what was missing may have
 /// come meanwhile.
 pub async fn remove(imports: &Imports, digest: &Digest) -> Result<Vec<String>, RemoveError> {
-    let image = Scanner::new(imports.shared_containerd()).scan().await?.remove(digest);
+    let image = Scanner::new(imports.shared_containerd(), None).scan().await?.remove(digest);
     let Some(image) = image else { return Ok(Vec::new()) };
     if image.manifests.iter().any(|manifest| manifest.complete) {
         return Err(RemoveError::Complete(digest.clone()));

@@ -37,6 +37,7 @@ async fn agent(pki: &Pki, node: &str, fake: &Fake, stop: &CancellationToken) -> 
         lifetimes: Lifetimes::default(),
         identity: pki.node(node, "127.0.0.1"),
         mounts: None,
+        records: None,
     };
     let (fake, stop) = (fake.clone(), stop.clone());
     tokio::spawn(async move { run(Arc::new(fake), settings, listener, None, stop).await.unwrap() });

@@ -34,6 +34,7 @@ async fn a_session_tells_when_containerd_stops_answering_and_when_it_answers_aga
             pause: Duration::from_millis(10),
             rounds: 2,
         },
+        records: None,
         lifetimes: Lifetimes::default(),
         identity: pki.node("n", "127.0.0.1"),
         mounts: None,

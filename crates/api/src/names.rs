@@ -46,7 +46,9 @@ pub mod condition {
     pub const RESOLVED: &str = "Resolved";
     /// Whether the image is on the node, under the name asked for, as CRI sees it.
     pub const IMPORTED: &str = "Imported";
-    /// The same, for tools that read kstatus.
+    /// Whether the namespace is known to be one that may have the image; Unknown where kubelets have no record of it.
+    pub const ACCESS_PROVEN: &str = "AccessProven";
+    /// As Imported, for tools that read kstatus.
     pub const READY: &str = "Ready";
     /// Whether the job is still being worked at (kstatus).
     pub const RECONCILING: &str = "Reconciling";

@@ -2,6 +2,7 @@
 //!
 //! watch -> facts -> decide (pure) -> perform. `run` wires it.
 
+pub mod access;
 pub mod backoff;
 pub mod ca;
 pub mod decide;

@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tote_controller::access;
 use tote_controller::ca::Names;
 use tote_controller::decide::Policy;
 use tote_controller::detect::Classes;
@@ -57,6 +58,10 @@ struct Flags {
     /// A class of failures that is left alone. May be repeated.
     #[arg(long = "ignore-class", value_name = "CLASS")]
     ignored_classes: Vec<Class>,
+    /// What is asked for before an image moves, beside the opt-ins: that kubelets' records of who may have it let the
+    /// namespace have it, or anything.
+    #[arg(long, value_enum, default_value = "records")]
+    access: access::Policy,
     /// Transfers to one node at once.
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     max_concurrent_salvages: usize,
@@ -269,6 +274,7 @@ async fn run(flags: Flags) -> Result<(), String> {
             },
             tags: flags.tag_policy.into(),
             look_up: upstream.is_some(),
+            access: flags.access,
         },
         namespace: flags.pod_namespace.clone(),
         me: flags.pod_name.clone(),

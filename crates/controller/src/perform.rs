@@ -118,7 +118,7 @@ impl Performer {
                 self.tasks.spawn(transfer::remove(self.agents.client(&node), node, request));
             }
             Action::LookUp(question) => self.look_up(question),
-            Action::Import { uid, stream, node, transfer_id, reference, digest, sources } => {
+            Action::Import { uid, stream, node, transfer_id, reference, digest, sources, pulled } => {
                 let sources = sources
                     .into_iter()
                     .map(|source| v1::Source { node_name: source.node.to_string(), address: source.address });
@@ -128,6 +128,7 @@ impl Performer {
                     reference,
                     digest: digest.to_string(),
                     sources: sources.collect(),
+                    pulled,
                 };
                 tracing::info!(job = %uid, transfer = request.transfer_id, image = request.reference, %node,
                     sources = request.sources.len(), "import");

@@ -173,5 +173,6 @@ fn reason_of(cause: Cause) -> &'static str {
         Cause::Snapshotter => "SnapshotterUnsupported",
         Cause::Unsupported => "UnsupportedImage",
         Cause::Cancelled => "Cancelled",
+        Cause::PullRecord => "PullRecordFailed",
     }
 }

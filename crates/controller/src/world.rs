@@ -6,6 +6,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use tote_image::{Digest, Reference};
 
+use crate::access::{self, Access};
 use crate::detect::Consent;
 use crate::fleet::{FleetEvent, Inventory, NodeName};
 use crate::nodes::{Kubelet, NodeFacts};
@@ -25,6 +26,8 @@ pub struct World {
     pub enabled: bool,
     /// Which images may be salvaged.
     pub images: Images,
+    /// What is asked for before an image moves, beside the opt-ins.
+    pub access: access::Policy,
     /// What each namespace says.
     pub namespaces: HashMap<Arc<str>, Consent>,
     /// What there is to know of each node.
@@ -50,13 +53,20 @@ pub struct World {
 
 impl World {
     /// An empty world.
-    pub fn new(enabled: bool, images: Images, tags: TagPolicy) -> Self {
-        Self { enabled, images, tags, ..Self::default() }
+    pub fn new(enabled: bool, images: Images, tags: TagPolicy, access: access::Policy) -> Self {
+        Self { enabled, images, tags, access, ..Self::default() }
     }
 
     /// Why the operator's patterns do not let an image be salvaged; `None` if they do.
     pub fn pattern_refusal(&self, reference: &Reference, digest: &Digest) -> Option<String> {
         self.images.refusal(reference, self.fleet.names_of(digest).into_iter())
+    }
+
+    /// Whether a namespace may have an image: by all that kubelets have written down about it, or because a pod of the
+    /// namespace runs it.
+    pub fn access(&self, namespace: &str, digest: &Digest) -> Access {
+        let runs_already = self.running.runs_in(namespace, digest);
+        access::verdict(self.fleet.records(digest), namespace, runs_already, self.access)
     }
 
     /// What a namespace says; one that is not known is gone.
@@ -130,8 +140,8 @@ impl World {
                 self.agents_known.get_or_insert(now);
                 self.expected = nodes;
             }
-            FleetEvent::Up { node, address, platform, problem, images } => {
-                self.fleet.up(&node, address, platform, problem);
+            FleetEvent::Up { node, address, platform, problem, records, images } => {
+                self.fleet.up(&node, address, platform, problem, records);
                 for image in images {
                     self.fleet.upsert(&node, image);
                 }
@@ -163,13 +173,14 @@ impl World {
 #[cfg(test)]
 mod tests {
     use tote_image::Platform;
+    use tote_rpc::v1::PullRecords;
 
     use super::*;
 
     #[test]
     fn is_settled_when_every_agent_answers_or_was_waited_for() {
         let start = Timestamp::UNIX_EPOCH;
-        let mut world = World::new(true, Images::default(), TagPolicy::Refuse);
+        let mut world = World::new(true, Images::default(), TagPolicy::Refuse, access::Policy::Records);
         assert!(world.unsettled_until(start).is_some(), "the agents are not known yet");
         world.apply_fleet(FleetEvent::Expected(["a".into(), "b".into()].into()), start);
         assert_eq!(world.unsettled_until(start), Some(after(start, 10)));
@@ -178,6 +189,7 @@ mod tests {
             address: String::new(),
             platform: Platform::new("linux", "amd64", ""),
             problem: String::new(),
+            records: PullRecords::Kept,
             images: vec![],
         };
         world.apply_fleet(up("a"), start);

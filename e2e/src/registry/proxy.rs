@@ -1,6 +1,6 @@
 //! The proxy in front of docker-registry: accepts, applies mode and rules, forwards, counts.
 
-use super::{Effect, Mode, Request, Rule, Upstream, upstream};
+use super::{AUTHORIZATION, Effect, Mode, Request, Rule, Upstream, upstream};
 use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use futures::stream;
@@ -277,9 +277,12 @@ async fn answer(state: &State, socket: &Path, request: hyper::Request<Incoming>)
     let seen = state.remember(request.method().as_str(), &path);
     let effect = state.admit(&path).await;
     let host = request.headers().get("Host").and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let authorization = request.headers().get(hyper::header::AUTHORIZATION);
+    let is_known = authorization.is_some_and(|value| value == AUTHORIZATION);
     let refused = match effect {
         Some(Effect::Status(status)) => Some((status, None)),
         Some(Effect::AskPassword) => Some((401, Some("Basic realm=\"test\"".to_owned()))),
+        Some(Effect::Login) if !is_known => Some((401, Some("Basic realm=\"test\"".to_owned()))),
         Some(Effect::AskToken) => {
             Some((401, Some(format!("Bearer realm=\"http://{host}/token\",service=\"test\""))))
         }

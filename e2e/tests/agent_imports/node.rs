@@ -108,6 +108,7 @@ impl Node {
             lifetimes: Lifetimes::default(),
             identity: PKI.node(&self.name, "127.0.0.1"),
             mounts: None,
+            records: None,
         };
         let socket = self.daemon.socket();
         runtime.spawn(async move {
@@ -209,6 +210,7 @@ impl Node {
             reference: reference.to_owned(),
             digest: digest.to_owned(),
             sources: holders.iter().map(|holder| holder.source()).collect(),
+            pulled: None,
         };
         agent.import(request).await.map(tonic::Response::into_inner)
     }

@@ -147,6 +147,7 @@ pub async fn every_call(
         reference: format!("registry.test/x@{digest}"),
         digest: digest.clone(),
         sources: Vec::new(),
+        pulled: None,
     };
     let grant = v1::GrantRequest {
         term: term.clone(),

@@ -3,6 +3,7 @@
 //! `cargo test -p tote-e2e --test scenarios -- NAME` runs some of them. The cluster is made first, shared, and
 //! removed at the end, also after Ctrl-C.
 
+mod access;
 mod attacker;
 mod attacks;
 mod commands;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         outage::all(),
         shapes::all(),
         policy::all(),
+        access::all(),
         owners::all(),
         jobs::all(),
         commands::all(),

@@ -89,6 +89,9 @@ pub enum Failure {
     /// The image is of a kind that cannot be handled.
     #[error("{0}")]
     Unsupported(String),
+    /// Who may have the image could not be written down.
+    #[error("who may have the image cannot be written down for kubelet: {0}")]
+    PullRecord(String),
     /// The transfer was ended from outside.
     #[error("the transfer was {0}")]
     Cancelled(&'static str),
@@ -106,6 +109,7 @@ impl Failure {
             | Self::NotVisible { .. }
             | Self::Away(_)
             | Self::Runtime(_)
+            | Self::PullRecord(_)
             | Self::Cancelled(_) => true,
             Self::Damaged(_)
             | Self::Platform(_)
@@ -130,6 +134,7 @@ impl Failure {
             v1::Cause::Snapshotter => "snapshotter",
             v1::Cause::Unsupported => "unsupported",
             v1::Cause::Cancelled => "cancelled",
+            v1::Cause::PullRecord => "pull_record",
         }
     }
 
@@ -147,6 +152,7 @@ impl Failure {
             Self::Snapshotter(_) => v1::Cause::Snapshotter,
             Self::Unsupported(_) => v1::Cause::Unsupported,
             Self::Cancelled(_) => v1::Cause::Cancelled,
+            Self::PullRecord(_) => v1::Cause::PullRecord,
         }
     }
 }

@@ -135,7 +135,7 @@ impl Imports {
                 return Err(AttachError::Another(request.id.as_str().to_owned(), what));
             }
             if !known.may_start_again() {
-                known.replace_sources(request.sources);
+                known.replace(request.sources, request.restriction);
                 return Ok(Attached::new(known.clone()));
             }
         } else if transfers.len() >= KNOWN {
@@ -143,8 +143,8 @@ impl Imports {
             let Some(id) = ended.map(|(id, _)| id.clone()) else { return Err(AttachError::Full) };
             transfers.remove(&id);
         }
-        let transfer = Arc::new(Transfer::new(request.id.clone(), request.wanted, request.sources));
-        transfers.insert(request.id, transfer.clone());
+        let transfer = Arc::new(Transfer::new(request));
+        transfers.insert(transfer.id().clone(), transfer.clone());
         let attached = Attached::new(transfer.clone());
         drop(transfers);
         let (context, slots, stop) = (self.context.clone(), self.slots.clone(), self.stop.clone());

@@ -6,6 +6,8 @@ use thiserror::Error;
 use tote_image::{Digest, Reference};
 use tote_rpc::v1;
 
+use crate::kubelet::Restriction;
+
 /// The most sources that a request may name.
 const MAX_SOURCES: usize = 64;
 
@@ -40,6 +42,8 @@ pub struct ImportRequest {
     pub wanted: Wanted,
     /// Where from, best first. None are needed for what the node holds.
     pub sources: Vec<Source>,
+    /// Who alone may have it; `None` restricts nothing.
+    pub restriction: Option<Restriction>,
 }
 
 /// Which field of a request is wrong, and how.
@@ -106,7 +110,9 @@ impl TryFrom<v1::ImportRequest> for ImportRequest {
             Ok(Source { node: source.node_name, address })
         });
         let sources = sources.collect::<Result<_, _>>()?;
-        Ok(Self { id, wanted: Wanted { reference, digest }, sources })
+        let restriction = request.pulled.map(|pulled| Restriction::parse(pulled, &reference)).transpose();
+        let restriction = restriction.map_err(|(field, value, reason)| wrong(field, &value, &reason))?;
+        Ok(Self { id, wanted: Wanted { reference, digest }, sources, restriction })
     }
 }
 
@@ -122,6 +128,7 @@ mod tests {
             reference: format!("registry.test/a/b@{digest}"),
             digest,
             sources: vec![v1::Source { node_name: "n".to_owned(), address: "10.0.0.7:9090".to_owned() }],
+            pulled: None,
         }
     }
 

@@ -19,6 +19,7 @@ use super::progress::{Imported, Tracker};
 use super::request::{Source, Wanted};
 use super::resolve::Image;
 use crate::containerd::{self, Containerd, Labels, Layer, Lease, SNAPSHOT_LABEL, UNCOMPRESSED_LABEL};
+use crate::kubelet::{Records, Restriction};
 use crate::metrics::Metrics;
 
 /// How many layers of one image move at once.
@@ -43,6 +44,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// Who moves which blob.
     pub flights: Flights,
+    /// Where kubelet writes down who may have an image.
+    pub records: Option<Arc<Records>>,
 }
 
 impl Context {
@@ -56,6 +59,7 @@ impl Context {
             visible_within: Duration::from_secs(15),
             metrics: Arc::default(),
             flights: Flights::default(),
+            records: None,
         }
     }
 }
@@ -65,6 +69,7 @@ pub(super) struct Run<'a> {
     pub context: &'a Context,
     pub wanted: &'a Wanted,
     pub sources: watch::Receiver<Vec<Source>>,
+    pub restriction: watch::Receiver<Option<Restriction>>,
     pub tracker: &'a Tracker,
     pub lease: Lease,
 }
@@ -89,7 +94,27 @@ impl Run<'_> {
         self.tracker.stage(Stage::Moving);
         self.move_and_unpack(&image, &snapshotter).await?;
         self.tracker.stage(Stage::Publishing);
-        self.publish(&image).await
+        // Before, so that the image is never to be seen without; after, for kubelet removes records of images that it
+        // does not see.
+        self.restrict(&image).await?;
+        let imported = self.publish(&image).await?;
+        self.restrict(&image).await?;
+        Ok(imported)
+    }
+
+    /// Writes down for kubelet who alone may have the image.
+    async fn restrict(&self, image: &Image) -> Result<(), Failure> {
+        let Some(restriction) = self.restriction.borrow().clone() else { return Ok(()) };
+        let Some(records) = self.context.records.clone() else {
+            let problem = "the agent was started without --kubelet-dir".to_owned();
+            return Err(Failure::PullRecord(problem));
+        };
+        let id = image.manifest.config.digest.clone();
+        let written = tokio::task::spawn_blocking(move || records.restrict(&id, &restriction)).await;
+        match written {
+            Ok(written) => written.map_err(|error| Failure::PullRecord(error.to_string())),
+            Err(error) => Err(Failure::PullRecord(error.to_string())),
+        }
     }
 
     /// Moves the layers, several at once, and unpacks each as soon as it and those below have arrived.

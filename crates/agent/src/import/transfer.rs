@@ -9,9 +9,10 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::failure::Failure;
 use super::progress::{Imported, State, Tracker};
-use super::request::{Source, TransferId, Wanted};
+use super::request::{ImportRequest, Source, TransferId, Wanted};
 use super::run::{Context, Run};
 use crate::containerd::{self, Containerd, Lease};
+use crate::kubelet::Restriction;
 
 /// How often a run is repeated because containerd went away under it.
 const RESTARTS: u32 = 5;
@@ -27,6 +28,7 @@ pub(super) struct Transfer {
     id: TransferId,
     wanted: Wanted,
     sources: watch::Sender<Vec<Source>>,
+    restriction: watch::Sender<Option<Restriction>>,
     tracker: Tracker,
     cancel: CancellationToken,
     /// Set once nothing more will happen.
@@ -80,12 +82,14 @@ impl Drop for Attached {
 }
 
 impl Transfer {
-    pub(super) fn new(id: TransferId, wanted: Wanted, sources: Vec<Source>) -> Self {
+    pub(super) fn new(request: ImportRequest) -> Self {
+        let ImportRequest { id, wanted, sources, restriction } = request;
         let status = Status { attached: 0, since: Instant::now(), reason: "cancelled", kept: false };
         Self {
             id,
             wanted,
             sources: watch::Sender::new(sources),
+            restriction: watch::Sender::new(restriction),
             tracker: Tracker::default(),
             cancel: CancellationToken::new(),
             over: CancellationToken::new(),
@@ -101,8 +105,12 @@ impl Transfer {
         &self.wanted
     }
 
-    pub(super) fn replace_sources(&self, sources: Vec<Source>) {
+    /// What another attachment says; one that restricts nothing lifts no restriction.
+    pub(super) fn replace(&self, sources: Vec<Source>, restriction: Option<Restriction>) {
         self.sources.send_replace(sources);
+        if restriction.is_some() {
+            self.restriction.send_replace(restriction);
+        }
     }
 
     pub(super) fn has_ended(&self) -> bool {
@@ -184,7 +192,8 @@ impl Transfer {
         let transfer = self.id.as_str().to_owned();
         let lease = Lease { id: format!("tote-{transfer}-{nanos:x}"), transfer };
         let sources = self.sources.subscribe();
-        let run = Run { context, wanted: &self.wanted, sources, tracker: &self.tracker, lease };
+        let restriction = self.restriction.subscribe();
+        let run = Run { context, wanted: &self.wanted, sources, restriction, tracker: &self.tracker, lease };
         let mut restarts = 0;
         loop {
             match run.import().await {

@@ -7,7 +7,7 @@ use crate::testing::{Blobs, tar};
 const NAME: &str = "registry.test/a:1";
 
 async fn scan(fake: &Fake) -> Inventory {
-    Scanner::new(Arc::new(fake.clone())).scan().await.unwrap()
+    Scanner::new(Arc::new(fake.clone()), None).scan().await.unwrap()
 }
 
 #[tokio::test]
@@ -67,7 +67,7 @@ async fn follows_events() {
     let sender = watch::Sender::new(None);
     let mut inventory = sender.subscribe();
     let stop = CancellationToken::new();
-    let following = tokio::spawn(follow(Arc::new(fake.clone()), sender, stop.clone()));
+    let following = tokio::spawn(follow(Arc::new(fake.clone()), None, sender, stop.clone()));
     let wait = Duration::from_secs(10);
     tokio::time::timeout(wait, inventory.wait_for(Option::is_some)).await.unwrap().unwrap();
     let image = Blobs::image(&[tar(&[("a", b"1")])]);
@@ -80,4 +80,81 @@ async fn follows_events() {
     assert!(started.elapsed() < Duration::from_millis(500), "by event: {:?}", started.elapsed());
     stop.cancel();
     following.await.unwrap();
+}
+
+/// A kubelet's directory, and the record of an image in it.
+fn kubelet() -> (tempfile::TempDir, Arc<Records>) {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["pulled", "pulling"] {
+        std::fs::create_dir_all(directory.path().join("image_manager").join(name)).unwrap();
+    }
+    let records = Arc::new(Records::new(directory.path()));
+    (directory, records)
+}
+
+fn say(directory: &tempfile::TempDir, kind: &str, about: &str, content: &serde_json::Value) {
+    let name = format!("sha256-{}", Digest::sha256(about.as_bytes()).hex());
+    let path = directory.path().join("image_manager").join(kind).join(name);
+    std::fs::write(path, content.to_string()).unwrap();
+}
+
+fn record(id: &Digest) -> serde_json::Value {
+    serde_json::json!({"kind": "ImagePulledRecord", "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "lastUpdatedTime": "2026-01-01T00:00:00Z", "imageRef": id.as_str(),
+        "credentialMapping": {"registry.test/a": {"nodePodsAccessible": true}}})
+}
+
+#[tokio::test]
+async fn tells_who_may_have_an_image_and_when_that_changes() {
+    let (fake, (directory, records)) = (Fake::default(), kubelet());
+    let image = Blobs::image(&[tar(&[("a", b"1")])]);
+    image.pull_into(&fake, NAME);
+    let sender = watch::Sender::new(None);
+    let mut inventory = sender.subscribe();
+    let stop = CancellationToken::new();
+    let following = tokio::spawn(follow(Arc::new(fake), Some(records), sender, stop.clone()));
+    let wait = Duration::from_secs(10);
+    let pulled = |seen: &Option<Arc<Inventory>>| {
+        seen.as_ref().map(|seen| seen[&image.target.digest].manifests[0].pulled.clone())
+    };
+    let seen =
+        tokio::time::timeout(wait, inventory.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
+    assert_eq!(pulled(&seen), Some(None));
+    say(&directory, "pulled", image.config.digest.as_str(), &record(&image.config.digest));
+    let told = inventory.wait_for(|seen| pulled(seen).flatten().is_some_and(|r| r.repositories[0].every_pod));
+    tokio::time::timeout(wait, told).await.unwrap().unwrap();
+    stop.cancel();
+    following.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_image_that_kubelet_pulls_is_told_of_with_its_record() {
+    let (fake, (directory, records)) = (Fake::default(), kubelet());
+    let image = Blobs::image(&[tar(&[("a", b"1")])]);
+    let mut scanner = Scanner::new(Arc::new(fake.clone()), Some(records));
+    let intent = serde_json::json!({"kind": "ImagePullIntent", "apiVersion": "kubelet.config.k8s.io/v1beta1", "image": NAME});
+    say(&directory, "pulling", NAME, &intent);
+    image.pull_into(&fake, NAME);
+    assert!(scanner.scan().await.unwrap().is_empty(), "kubelet has not said who may have it");
+    assert!(scanner.holds_back());
+    say(&directory, "pulled", image.config.digest.as_str(), &record(&image.config.digest));
+    let told = scanner.scan().await.unwrap();
+    assert!(told[&image.target.digest].manifests[0].pulled.is_some());
+    assert!(!scanner.holds_back());
+}
+
+#[tokio::test]
+async fn an_image_is_not_held_back_for_ever() {
+    let (fake, (directory, records)) = (Fake::default(), kubelet());
+    let image = Blobs::image(&[tar(&[("a", b"1")])]);
+    let mut scanner = Scanner::new(Arc::new(fake.clone()), Some(records));
+    let intent = serde_json::json!({"kind": "ImagePullIntent", "apiVersion": "kubelet.config.k8s.io/v1beta1", "image": NAME});
+    say(&directory, "pulling", NAME, &intent);
+    image.pull_into(&fake, NAME);
+    assert!(scanner.scan().await.unwrap().is_empty());
+    *scanner.held.get_mut(&image.target.digest).unwrap() -= RECORD_PATIENCE;
+    assert_eq!(scanner.scan().await.unwrap().len(), 1);
+    // Nor is one that was told of taken back.
+    assert_eq!(scanner.scan().await.unwrap().len(), 1);
+    assert!(!scanner.holds_back());
 }

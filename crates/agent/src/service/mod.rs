@@ -22,6 +22,7 @@ use crate::containerd::Facts;
 use crate::identity::{IdentityError, Standing};
 use crate::import::{AttachError, Attached, ImportRequest, Imports, RequestError, TransferId};
 use crate::inventory::Inventory;
+use crate::kubelet::Records;
 use crate::metrics::Metrics;
 use crate::remove::{RemoveError, remove};
 use crate::serve::{GrantError, Grants, blobs_below};
@@ -55,6 +56,8 @@ pub struct Service {
     pub runtime_down: watch::Receiver<bool>,
     /// The node's images.
     pub inventory: Known<Arc<Inventory>>,
+    /// Where kubelet writes down who may have an image.
+    pub records: Option<Arc<Records>>,
     /// Where sessions and refusals are counted.
     pub metrics: Arc<Metrics>,
     /// Who this agent is.
@@ -164,6 +167,7 @@ impl agent_server::Agent for Service {
             facts: self.facts.clone(),
             runtime_down: self.runtime_down.clone(),
             inventory: self.inventory.clone(),
+            records: self.records.clone(),
         };
         let (stop, metrics) = (self.stop.clone(), self.metrics.clone());
         tokio::spawn(async move {

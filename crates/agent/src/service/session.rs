@@ -11,6 +11,7 @@ use tote_rpc::v1::{self, session_response};
 use super::{HELLO_DEADLINE, Known};
 use crate::containerd::Facts;
 use crate::inventory::{Inventory, difference, wire_platform};
+use crate::kubelet::Records;
 
 /// The most bytes of images in one message.
 const CHUNK: usize = 1 << 20;
@@ -24,6 +25,7 @@ pub(super) struct Session {
     pub facts: Known<Facts>,
     pub runtime_down: watch::Receiver<bool>,
     pub inventory: Known<Arc<Inventory>>,
+    pub records: Option<Arc<Records>>,
 }
 
 /// Reads what the controller says after its hello, which is nothing yet, until it goes.
@@ -97,6 +99,10 @@ impl Session {
             platform: Some(wire_platform(&facts.platform)),
             snapshotter,
             problem,
+            pull_records: self
+                .records
+                .as_ref()
+                .map_or_else(Default::default, |records| records.kept().into()),
         }
     }
 }

@@ -6,6 +6,7 @@
 mod hostile;
 mod killed;
 mod peers;
+mod records;
 mod repair;
 mod shared;
 

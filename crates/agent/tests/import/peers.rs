@@ -184,10 +184,14 @@ pub fn agent(fake: &Fake) -> Arc<Imports> {
 }
 
 pub fn agent_with(fake: &Fake, bandwidth: Bandwidth, lifetimes: Lifetimes) -> Arc<Imports> {
+    Arc::new(Imports::new(context(fake, bandwidth), lifetimes))
+}
+
+pub fn context(fake: &Fake, bandwidth: Bandwidth) -> Context {
     let peers = tote_rpc::blob_client(&PKI.node(READER, "127.0.0.1")).unwrap();
-    let context = Context::new(Arc::new(fake.clone()), peers, bandwidth);
     let visible_within = Duration::from_millis(200);
-    Arc::new(Imports::new(Context { patience: PATIENCE, visible_within, ..context }, lifetimes))
+    let context = Context::new(Arc::new(fake.clone()), peers, bandwidth);
+    Context { patience: PATIENCE, visible_within, ..context }
 }
 
 pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRequest {
@@ -199,6 +203,7 @@ pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRe
         reference: name.to_owned(),
         digest: image.target.digest.to_string(),
         sources: peers.iter().map(source).collect(),
+        pulled: None,
     };
     request.try_into().unwrap()
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tote_api::SalvageJobStatus;
 use tote_image::Digest;
+use tote_rpc::v1;
 
 use super::Question;
 use crate::fleet::NodeName;
@@ -55,6 +56,8 @@ pub enum Action {
         digest: Digest,
         /// Where blobs are to be had.
         sources: Vec<Source>,
+        /// Who alone may have it, for the target's kubelet; `None` if nothing restricts it.
+        pulled: Option<v1::PulledRepository>,
     },
     /// Let go of a job's stream without ending the transfer.
     Detach {

@@ -1,14 +1,17 @@
 //! What to do about jobs: start, attach, cancel, finish, delete.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use tote_api::Phase;
 use tote_image::{Digest, Reference};
+use tote_rpc::v1::PullRecords;
 
 use super::{Action, Count, State, TransferEvent, sooner};
+use crate::access::travelling;
 use crate::backoff::delay;
 use crate::fleet::NodeName;
 use crate::salvage::{
@@ -180,7 +183,7 @@ impl State {
                     status::enter(job, Phase::Transferring, "Retrying", &message, now);
                 }
             }
-            Step::Wait { reason, message, cancel: end } => {
+            Step::Wait { reason, message, cancel: end, access } => {
                 // Also one that another leader started, and that this one is not attached to.
                 let may_run = !(matches!(job.run, Run::Idle) && job.fresh) || book.inherited;
                 if end && may_run {
@@ -192,9 +195,23 @@ impl State {
                 }
                 job.run = Run::Idle;
                 status::enter(job, Phase::Pending, reason, &message, now);
+                if let Some(access) = access {
+                    status::access(job, access, &message, now);
+                }
             }
-            Step::Ready { digest, why, sources } => {
+            Step::Ready { digest, why, sources, access } => {
                 status::resolved(job, &digest, why, now);
+                let mut message = access.message(&job.namespace);
+                let node = &job.spec.node_name;
+                if access.travels()
+                    && self.world.fleet.node(node).is_some_and(|node| node.records == PullRecords::None)
+                {
+                    let _ = write!(
+                        message,
+                        "; kubelet of node {node} keeps no records, so any pod there may use it"
+                    );
+                }
+                status::access(job, access, &message, now);
                 return Some(Demand {
                     origin: uid.clone(),
                     digest,
@@ -229,6 +246,11 @@ impl State {
         let Some((job, book)) = self.jobs.get_mut(uid) else { return };
         let Ok(wanted) = &job.wanted else { return };
         let reference = wanted.reference.to_string();
+        let node: NodeName = job.spec.node_name.as_str().into();
+        let is_kept = self.world.fleet.node(&node).is_some_and(|node| node.records == PullRecords::Kept);
+        let records = self.world.fleet.records(digest);
+        let pulled =
+            travelling(records, &job.namespace, &job.spec.image, self.policy.access).filter(|_| is_kept);
         if job.fresh {
             job.status.attempts += 1;
             job.fresh = false;
@@ -254,11 +276,12 @@ impl State {
         self.actions.push(Action::Import {
             uid: uid.clone(),
             stream: self.streams,
-            node: job.spec.node_name.as_str().into(),
+            node,
             transfer_id: job.transfer_id(),
             reference,
             digest: digest.clone(),
             sources,
+            pulled,
         });
     }
 

@@ -31,6 +31,7 @@ pub use book::version;
 pub use event::{CreateAnswer, Event, Kind, LookupAnswer, TransferEvent};
 pub use lookups::Question;
 
+use crate::access;
 use crate::detect::{Classes, WaitingPod};
 use crate::patterns::Images;
 use crate::resolve::TagPolicy;
@@ -59,6 +60,8 @@ pub struct Policy {
     pub tags: TagPolicy,
     /// Whether registries are asked where the nodes do not tell what a tag means.
     pub look_up: bool,
+    /// What is asked for before an image moves, beside the opt-ins.
+    pub access: access::Policy,
 }
 
 /// All that is known.
@@ -93,7 +96,7 @@ impl State {
     /// Nothing known yet.
     pub fn new(policy: Policy) -> Self {
         Self {
-            world: World::new(policy.enabled, policy.images.clone(), policy.tags),
+            world: World::new(policy.enabled, policy.images.clone(), policy.tags, policy.access),
             policy,
             pods: BTreeMap::new(),
             jobs: BTreeMap::new(),

@@ -181,6 +181,17 @@ impl State {
             entry.not_actionable(wait, "ImageDenied", &note, &mut self.actions);
             return;
         }
+        let access = self.world.access(&entry.pod.namespace, digest);
+        if !access.is_given() {
+            if let Some(at) = self.world.unsettled_until(now) {
+                // An agent that is away may know better.
+                sooner(again, at);
+                return;
+            }
+            let says = access.message(&entry.pod.namespace);
+            entry.not_actionable(wait, access.reason(), &says, &mut self.actions);
+            return;
+        }
         let pod = entry.pod.clone();
         let is_open = self
             .jobs_for(&pod.namespace, reference, &pod.node)

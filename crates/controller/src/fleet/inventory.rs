@@ -10,6 +10,9 @@ use std::sync::Arc;
 
 use tote_image::{Digest, Platform};
 use tote_rpc::v1;
+use tote_rpc::v1::PullRecords;
+
+use crate::access::Pulled;
 
 /// Name of a Node.
 pub type NodeName = Arc<str>;
@@ -36,6 +39,10 @@ pub struct Manifest {
     pub complete: bool,
     /// When its config says the image was made, in seconds since 1970; 0 if that is not known.
     pub created: i64,
+    /// The config's digest: what CRI, and so kubelet, knows the image by.
+    pub image_id: Option<Digest>,
+    /// What the node's kubelet has written down about who may have it.
+    pub pulled: Option<Arc<Pulled>>,
 }
 
 /// A node whose agent has a session.
@@ -49,6 +56,8 @@ pub struct Node {
     pub problem: String,
     /// Whether its agent gets no answer from containerd: then nothing can be read there either.
     pub runtime_down: bool,
+    /// Whether its kubelet writes down who may have an image.
+    pub records: PullRecords,
     images: HashMap<Digest, Arc<Image>>,
 }
 
@@ -72,6 +81,9 @@ pub struct Inventory {
     /// By record name: what each node means by it.
     by_name: HashMap<Arc<str>, BTreeMap<NodeName, Digest>>,
     interned: HashSet<Arc<Image>>,
+    /// By image ID: each node's record of it, with the target below which it is told. That of a node without a session
+    /// stays until it is back or gone.
+    pulled: HashMap<Digest, BTreeMap<(NodeName, Digest), Arc<Pulled>>>,
     /// What nodes without a session last told.
     last: HashMap<NodeName, Last>,
     /// By digest of target and of manifest, the nodes without a session that last held it complete.
@@ -83,9 +95,11 @@ pub struct Inventory {
 struct Last {
     /// What it meant by these names stands in `by_name` too. A node that is away for a moment must not turn an ambiguous
     /// tag into a clear one.
-    records: Vec<Arc<str>>,
+    meant: Vec<Arc<str>>,
     /// These stand in `away`.
     digests: Vec<Digest>,
+    /// Images of which its kubelet has a record; these stand in `pulled` too.
+    recorded: Vec<Arc<Image>>,
 }
 
 impl Image {
@@ -106,6 +120,8 @@ impl Image {
                         platform: platform(m.platform.as_ref()),
                         complete: m.complete,
                         created: m.created.max(0),
+                        image_id: m.config_digest.parse().ok(),
+                        pulled: m.pulled.as_ref().map(|record| Arc::new(Pulled::from_wire(record))),
                     })
                 })
                 .collect(),
@@ -128,12 +144,19 @@ impl Image {
 
 impl Inventory {
     /// A node's session stands: replaces all that was known of it.
-    pub fn up(&mut self, name: &NodeName, address: String, platform: Platform, problem: String) {
+    pub fn up(
+        &mut self,
+        name: &NodeName,
+        address: String,
+        platform: Platform,
+        problem: String,
+        records: PullRecords,
+    ) {
         self.down(name);
         self.forget(name);
         self.nodes.insert(
             name.clone(),
-            Node { address, platform, problem, runtime_down: false, images: HashMap::new() },
+            Node { address, platform, problem, runtime_down: false, records, images: HashMap::new() },
         );
     }
 
@@ -149,9 +172,12 @@ impl Inventory {
     pub fn down(&mut self, name: &NodeName) {
         let Some(node) = self.nodes.remove(name) else { return };
         let mut meant = Vec::new();
-        let mut held = Vec::new();
+        let (mut held, mut recorded) = (Vec::new(), Vec::new());
         for image in node.images.into_values() {
             held.extend(digests(&image).filter(|d| image.held(d, None) == Holder::Complete).cloned());
+            if records_of(&image).next().is_some() {
+                recorded.push(image.clone());
+            }
             for record in records(&image) {
                 if self.by_name.get(record).and_then(|meanings| meanings.get(name)) == Some(&image.target) {
                     meant.push((record.clone(), image.target.clone()));
@@ -165,8 +191,11 @@ impl Inventory {
         for digest in &held {
             self.away.entry(digest.clone()).or_default().insert(name.clone());
         }
-        let records = meant.into_iter().map(|(record, _)| record).collect();
-        self.last.insert(name.clone(), Last { records, digests: held });
+        for image in &recorded {
+            self.index_records(name, image);
+        }
+        let meant = meant.into_iter().map(|(record, _)| record).collect();
+        self.last.insert(name.clone(), Last { meant, digests: held, recorded });
     }
 
     /// Forgets what nodes without a session meant, but for those that there still are.
@@ -178,8 +207,8 @@ impl Inventory {
     }
 
     fn forget(&mut self, name: &NodeName) {
-        let last = self.last.remove(name).unwrap_or_default();
-        for digest in &last.digests {
+        let Last { meant, digests, recorded } = self.last.remove(name).unwrap_or_default();
+        for digest in &digests {
             if let Some(nodes) = self.away.get_mut(digest) {
                 nodes.remove(name);
                 if nodes.is_empty() {
@@ -187,7 +216,10 @@ impl Inventory {
                 }
             }
         }
-        for record in last.records {
+        for image in &recorded {
+            self.unindex_records(name, image);
+        }
+        for record in meant {
             if let Some(meanings) = self.by_name.get_mut(&record) {
                 meanings.remove(name);
                 if meanings.is_empty() {
@@ -218,8 +250,27 @@ impl Inventory {
             let meanings = self.by_name.entry(record.clone()).or_default();
             meanings.insert(name.clone(), image.target.clone());
         }
+        self.index_records(name, &image);
         if let Some(node) = self.nodes.get_mut(name) {
             node.images.insert(image.target.clone(), image);
+        }
+    }
+
+    fn index_records(&mut self, name: &NodeName, image: &Image) {
+        for (id, record) in records_of(image) {
+            let known = self.pulled.entry(id.clone()).or_default();
+            known.insert((name.clone(), image.target.clone()), record.clone());
+        }
+    }
+
+    fn unindex_records(&mut self, name: &NodeName, image: &Image) {
+        for (id, _) in records_of(image) {
+            if let Some(known) = self.pulled.get_mut(id) {
+                known.remove(&(name.clone(), image.target.clone()));
+                if known.is_empty() {
+                    self.pulled.remove(id);
+                }
+            }
         }
     }
 
@@ -232,6 +283,7 @@ impl Inventory {
     }
 
     fn unindex(&mut self, name: &NodeName, image: &Arc<Image>) {
+        self.unindex_records(name, image);
         for digest in digests(image) {
             if let Some(holders) = self.by_digest.get_mut(digest) {
                 holders.remove(&(name.clone(), image.target.clone()));
@@ -320,6 +372,24 @@ impl Inventory {
         suit.map(|m| m.created).max().filter(|created| *created > 0)
     }
 
+    /// All kubelets' records of who may have the image `digest` (of an index or a manifest), under whatever digest and
+    /// name each node has it, one for each node: an image is what its config makes it.
+    pub fn records(&self, digest: &Digest) -> Vec<&Pulled> {
+        let mut ids = BTreeSet::new();
+        for (name, target) in self.by_digest.get(digest).into_iter().flatten() {
+            let Some(image) = self.nodes.get(name).and_then(|node| node.images.get(target)) else { continue };
+            let below = image.manifests.iter().filter(|m| image.target == *digest || m.digest == *digest);
+            ids.extend(below.filter_map(|manifest| manifest.image_id.as_ref()));
+        }
+        let mut records = Vec::new();
+        for known in ids.into_iter().filter_map(|id| self.pulled.get(id)) {
+            let by_node: BTreeMap<&NodeName, &Pulled> =
+                known.iter().map(|((node, _), record)| (node, &**record)).collect();
+            records.extend(by_node.into_values());
+        }
+        records
+    }
+
     /// Names of the records, other than config IDs, under which a node has `digest`.
     pub fn names_on(&self, node: &str, digest: &Digest) -> Vec<Arc<str>> {
         let image = self.nodes.get(node).and_then(|node| node.images.get(digest));
@@ -345,6 +415,11 @@ impl Inventory {
 fn digests(image: &Image) -> impl Iterator<Item = &Digest> {
     let below = image.manifests.iter().map(|m| &m.digest).filter(|digest| **digest != image.target);
     std::iter::once(&image.target).chain(below)
+}
+
+/// By image ID, the kubelet's records that an image comes with.
+fn records_of(image: &Image) -> impl Iterator<Item = (&Digest, &Arc<Pulled>)> {
+    image.manifests.iter().filter_map(|m| m.image_id.as_ref().zip(m.pulled.as_ref()))
 }
 
 /// The records that bear a reference: CRI's own record of the config ID is none.

@@ -52,6 +52,8 @@ pub enum FleetEvent {
         platform: Platform,
         /// Why the node cannot be a target; empty when it can.
         problem: String,
+        /// Whether its kubelet writes down who may have an image.
+        records: v1::PullRecords,
         /// All that it holds.
         images: Vec<Image>,
     },
@@ -336,12 +338,14 @@ async fn open(
     tracing::info!(%node, %address, images = images.len(), containerd = welcome.containerd_version,
         snapshotter = welcome.snapshotter, problem = welcome.problem, renewed = before.is_some(),
         "session with the agent");
+    let records = welcome.pull_records();
     let platform = welcome.platform.unwrap_or_default();
     let up = FleetEvent::Up {
         node: node.clone(),
         address: address.to_string(),
         platform: Platform::new(&platform.os, &platform.architecture, &platform.variant),
         problem: welcome.problem,
+        records,
         images,
     };
     Ok(Open { client, incoming, _requests: requests, up, standing, is_told, renew_at })

@@ -1,3 +1,5 @@
+use tote_rpc::v1::PullRecords;
+
 use super::*;
 use crate::fleet::{Image, Manifest};
 
@@ -9,7 +11,13 @@ fn digest(n: u8) -> Digest {
 fn fleet(items: &[(&str, u8, &str, &str, bool)]) -> Inventory {
     let mut fleet = Inventory::default();
     for node in ["a", "b", "c"] {
-        fleet.up(&node.into(), "127.0.0.1:1".into(), Platform::new("linux", "amd64", ""), String::new());
+        fleet.up(
+            &node.into(),
+            "127.0.0.1:1".into(),
+            Platform::new("linux", "amd64", ""),
+            String::new(),
+            PullRecords::Kept,
+        );
     }
     for (node, target, name, architecture, complete) in items {
         fleet.upsert(
@@ -22,6 +30,8 @@ fn fleet(items: &[(&str, u8, &str, &str, bool)]) -> Inventory {
                     platform: Platform::new("linux", architecture, ""),
                     complete: *complete,
                     created: 0,
+                    image_id: None,
+                    pulled: None,
                 }],
             },
         );
@@ -132,8 +142,14 @@ fn the_newest_is_taken_by_policy_and_only_if_it_is_known_which() {
         let mut f = fleet(&[]);
         for ((node, n), created) in [("a", 1), ("b", 2), ("c", 3)].into_iter().zip(created) {
             let platform = Platform::new("linux", "amd64", "");
-            let manifest =
-                Manifest { digest: digest(n + 100), platform, complete: node != "c", created: *created };
+            let manifest = Manifest {
+                digest: digest(n + 100),
+                platform,
+                complete: node != "c",
+                created: *created,
+                image_id: None,
+                pulled: None,
+            };
             let image =
                 Image { target: digest(n), names: vec!["r.test/x:1".into()], manifests: vec![manifest] };
             f.upsert(&node.into(), image);

@@ -3,9 +3,11 @@
 use jiff::Timestamp;
 use tote_api::Phase;
 use tote_image::Digest;
+use tote_rpc::v1::PullRecords;
 
 use super::job::{Job, Run, Source};
 use super::{Wanted, after};
+use crate::access::Access;
 use crate::detect::Consent;
 use crate::resolve::{Missing, Question, Resolution, Why};
 use crate::running::Meant;
@@ -28,6 +30,8 @@ pub enum Step {
         message: String,
         /// Whether its transfer must end.
         cancel: bool,
+        /// Set where that is what is missing.
+        access: Option<Access>,
     },
     /// The next attempt is due later.
     BackOff,
@@ -39,6 +43,8 @@ pub enum Step {
         why: Why,
         /// Where it is to be had; empty if the target holds every blob.
         sources: Vec<Source>,
+        /// Why the namespace may have it.
+        access: Access,
     },
     /// Its transfer runs as it should.
     Keep,
@@ -108,15 +114,15 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
     }
     let found = look(job, wanted, world, now, again);
     match (&job.run, found) {
-        (Run::Running { sources, .. }, Ok((_, _, available))) => reattach(sources, &available),
+        (Run::Running { sources, .. }, Ok((_, _, available, _))) => reattach(sources, &available),
         (Run::Running { .. }, Err(_)) => Step::Keep,
-        (_, Ok((digest, why, sources))) => Step::Ready { digest, why, sources },
+        (_, Ok((digest, why, sources, access))) => Step::Ready { digest, why, sources, access },
         (_, Err(step)) => step,
     }
 }
 
 pub(super) fn wait(reason: &'static str, message: String) -> Step {
-    Step::Wait { reason, message, cancel: false }
+    Step::Wait { reason, message, cancel: false, access: None }
 }
 
 fn sooner(again: &mut Option<Timestamp>, at: Timestamp) {
@@ -144,7 +150,7 @@ fn held(job: &Job, world: &World) -> Option<Step> {
     } else {
         return None;
     };
-    Some(Step::Wait { reason, message: message.to_owned(), cancel: true })
+    Some(Step::Wait { reason, message: message.to_owned(), cancel: true, access: None })
 }
 
 /// Not allowed in its namespace.
@@ -162,7 +168,7 @@ fn refused(job: &Job, world: &World) -> Option<Step> {
         ),
         Consent::Terminating => ("NamespaceTerminating", format!("namespace {namespace} is being deleted")),
     };
-    Some(Step::Wait { reason, message, cancel: true })
+    Some(Step::Wait { reason, message, cancel: true, access: None })
 }
 
 fn overdue(job: &Job, now: Timestamp, again: &mut Option<Timestamp>) -> Option<Step> {
@@ -199,7 +205,7 @@ fn look(
     world: &World,
     now: Timestamp,
     again: &mut Option<Timestamp>,
-) -> Result<(Digest, Why, Vec<Source>), Step> {
+) -> Result<(Digest, Why, Vec<Source>, Access), Step> {
     let pin = job.digest();
     if pin.is_none()
         && let Some(at) = world.unsettled_until(now)
@@ -222,14 +228,45 @@ fn look(
         Resolution::Found { digest, why, sources, on_target } => {
             if let Some(refusal) = world.pattern_refusal(&wanted.reference, &digest) {
                 let message = format!("{} may not be salvaged: {refusal}", job.spec.image);
-                return Err(Step::Wait { reason: "ImageDenied", message, cancel: true });
+                return Err(Step::Wait { reason: "ImageDenied", message, cancel: true, access: None });
             }
             let sources = if on_target {
                 Vec::new()
             } else {
                 sources.iter().filter_map(|node| world.source(node)).collect()
             };
-            Ok((digest, why, sources))
+            let access = world.access(&job.namespace, &digest);
+            if !access.is_given() {
+                let message = access.message(&job.namespace);
+                return Err(Step::Wait {
+                    reason: access.reason(),
+                    message,
+                    cancel: false,
+                    access: Some(access),
+                });
+            }
+            if let Some(at) = world.first_settled(now)
+                && access != Access::NotAsked
+                && !job.has_begun()
+            {
+                // A node that has not been heard of yet may restrict the image.
+                sooner(again, at);
+                return Err(wait(
+                    "Resolving",
+                    "waiting for the agents, to ask all of them who may have it".to_owned(),
+                ));
+            }
+            let node = &*job.spec.node_name;
+            if access.travels()
+                && world.fleet.node(node).is_some_and(|n| n.records == PullRecords::Unspecified)
+            {
+                let message = format!(
+                    "the agent on node {node} cannot write down for kubelet who may have this image: it is older than \
+                     the controller, or runs without --kubelet-dir (agent.kubeletDir)"
+                );
+                return Err(wait("TargetNotUsable", message));
+            }
+            Ok((digest, why, sources, access))
         }
         Resolution::Missing(missing) => Err(match only {
             Some(only) => from_only(only, &missing, &job.spec.image, world),

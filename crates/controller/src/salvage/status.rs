@@ -7,6 +7,7 @@ use tote_api::{Phase, SalvageJobStatus, Transfer};
 use tote_image::Digest;
 
 use super::job::{Job, Progress, Wanted};
+use crate::access::Access;
 use crate::resolve::Why;
 use crate::text;
 
@@ -60,7 +61,8 @@ pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Time
     if phase == Phase::Pending && !suspended {
         if before != Some(Phase::Pending) || status.pending_time.is_none() {
             // A job that was never written waits since it was made.
-            let since = if status.conditions.is_empty() { job.created } else { now };
+            let is_new = find(status, condition::IMPORTED).is_none();
+            let since = if is_new { job.created } else { now };
             status.pending_time = Some(Time(since));
         }
     } else {
@@ -123,6 +125,16 @@ fn by_spec(wanted: &Result<Wanted, String>) -> &'static str {
         Ok(wanted) if wanted.reference.digest().is_some() => ", by spec.image",
         _ => "",
     }
+}
+
+/// Notes whether the namespace may have the image, and how that is known.
+pub fn access(job: &mut Job, access: Access, message: &str, now: Timestamp) {
+    let value = match access {
+        Access::EveryPod | Access::Named | Access::Runs => "True",
+        Access::NotAsked | Access::Unrecorded => "Unknown",
+        Access::Unproven { .. } => "False",
+    };
+    set(&mut job.status, condition::ACCESS_PROVEN, value, access.reason(), message, now);
 }
 
 /// Notes that the spec was seen as it is now, where nothing else changes: what watches (kstatus) waits for it.
@@ -212,7 +224,7 @@ mod tests {
             (0..5).map(|n| (Digest::sha256(&[n]), nodes(usize::from(n) * 1000))).collect();
         let mut job = long();
         let missing = Missing::Ambiguous { meanings };
-        let message = missing.message(&job.spec.image);
+        let message = missing.message(&job.spec.image) + &", and so on".repeat(100);
         assert!(message.len() > 1024, "{} bytes", message.len());
         enter(&mut job, Phase::Pending, missing.reason(), &message, Timestamp::UNIX_EPOCH);
         fits(&job);
@@ -256,7 +268,7 @@ mod tests {
         for (image, pin, says) in [
             (format!("x@{DIGEST}"), None, "by spec.image"),
             ("x:1".to_owned(), Some(DIGEST.to_owned()), "by spec.digest"),
-            ("x:1".to_owned(), None, "every node"),
+            ("x:1".to_owned(), None, "the image is"),
         ] {
             let spec = SalvageJobSpec { image, digest: pin, ..SalvageJobSpec::default() };
             let mut job = Job::new("shop", "j", "u", Timestamp::UNIX_EPOCH, spec, None);

@@ -28,6 +28,7 @@ pub(super) fn unfit(job: &Job, world: &World) -> Option<Step> {
                 "node {node} is under DiskPressure: free space on the file system of containerd, then the job goes on"
             ),
             cancel: true,
+            access: None,
         });
     }
     // Who makes a job by hand has chosen the node; and what has begun is let end.

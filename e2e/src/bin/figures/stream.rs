@@ -63,6 +63,7 @@ async fn measure(daemon: &Daemon, image: &str, layer: &str, size: u64) -> Result
         lifetimes: Lifetimes::default(),
         identity: certified(&authority, &Role::Node("source".into()), address)?,
         mounts: None,
+        records: None,
     };
     let containerd = Arc::new(Client::new(&daemon.socket()));
     tokio::spawn(run(containerd.clone(), settings, listener, None, CancellationToken::new()));

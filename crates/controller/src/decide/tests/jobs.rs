@@ -228,15 +228,21 @@ fn conditions_read_as_kstatus_wants_them() {
         conditions.iter().map(|c| format!("{}={}", c.type_, c.status)).collect::<Vec<_>>().join(" ")
     };
     bench.decide();
-    assert_eq!(of(&bench), "Resolved=True Imported=False Ready=False Reconciling=True Stalled=False");
+    assert_eq!(
+        of(&bench),
+        "Resolved=True AccessProven=Unknown Imported=False Ready=False Reconciling=True Stalled=False"
+    );
     let since = bench.state.jobs["job-1"].0.status.conditions[0].last_transition_time.clone();
     bench.pass(5);
     bench.transfer(&uid, done());
     bench.decide();
-    assert_eq!(of(&bench), "Resolved=True Imported=True Ready=True Reconciling=False Stalled=False");
+    assert_eq!(
+        of(&bench),
+        "Resolved=True AccessProven=Unknown Imported=True Ready=True Reconciling=False Stalled=False"
+    );
     let status = &bench.state.jobs["job-1"].0.status;
     assert_eq!(status.conditions[0].last_transition_time, since, "nothing changed there");
-    assert_eq!(status.conditions[1].last_transition_time.0, bench.now);
+    assert_eq!(status.conditions[2].last_transition_time.0, bench.now);
 }
 
 /// A job as it is after an edit.

@@ -85,6 +85,7 @@ fn a_source_that_comes_back_elsewhere_replaces_the_old_one() {
         address: "elsewhere:9090".into(),
         platform: Platform::new("linux", "amd64", ""),
         problem: String::new(),
+        records: PullRecords::Kept,
         images: vec![image(1, &["r.test/x:1"], true)],
     }));
     let actions = bench.decide();

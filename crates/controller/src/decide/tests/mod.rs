@@ -1,5 +1,6 @@
 //! Events in, actions out: the whole of what the controller decides, without a cluster.
 
+mod access;
 mod classes;
 mod inform;
 mod jobs;
@@ -12,8 +13,10 @@ mod upstream;
 use serde_json::json;
 use tote_api::{SalvageJob, names};
 use tote_image::{Digest, Platform};
+use tote_rpc::v1::PullRecords;
 
 use super::*;
+use crate::access::Policy as AccessPolicy;
 use crate::detect::class::Class;
 use crate::detect::{Consent, Wait};
 use crate::fleet::{FleetEvent, Image, Manifest};
@@ -41,6 +44,8 @@ fn image(n: u8, names: &[&str], complete: bool) -> Image {
             platform: Platform::new("linux", "amd64", ""),
             complete,
             created: 0,
+            image_id: Some(digest(n + 200)),
+            pulled: None,
         }],
     }
 }
@@ -76,9 +81,9 @@ impl Bench {
 
     fn with_policy(edit: impl Fn(&mut Policy)) -> Self {
         let limits = Limits { cluster: 2, target: 2, source: 2 };
-        let (images, tags) = (Images::default(), TagPolicy::Refuse);
+        let (images, tags, access) = (Images::default(), TagPolicy::Refuse, AccessPolicy::Records);
         let classes = Classes::default();
-        let mut policy = Policy { enabled: true, images, classes, limits, tags, look_up: false };
+        let mut policy = Policy { enabled: true, images, classes, limits, tags, look_up: false, access };
         edit(&mut policy);
         let state = State::new(policy);
         let mut bench = Self { state, now: "2026-01-01T00:00:00Z".parse().unwrap(), jobs: 0, version: 0 };
@@ -109,6 +114,7 @@ impl Bench {
             address: format!("{node}:9090"),
             platform: Platform::new("linux", "amd64", ""),
             problem: String::new(),
+            records: PullRecords::Kept,
             images,
         }));
     }

@@ -199,7 +199,7 @@ fn a_job_by_tag_says_why_its_digest_is_the_one() {
         let conditions = &bench.state.jobs[&*uid].0.status.conditions;
         conditions.iter().find(|c| c.type_ == names::condition::RESOLVED).unwrap().message.clone()
     };
-    let expected = format!("the image is {}: what the tag means on 1 node", digest(1));
+    let expected = format!("the image is {}, what the tag means on 1 node", digest(1));
     assert_eq!(resolved(&bench), expected);
     bench.transfer(&uid, done());
     bench.decide();

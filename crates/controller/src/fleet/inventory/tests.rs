@@ -13,6 +13,8 @@ fn image(target: u8, names: &[&str], complete: bool) -> Image {
             platform: Platform::new("linux", "amd64", ""),
             complete,
             created: 0,
+            image_id: Some(digest(target + 200)),
+            pulled: None,
         }],
     }
 }
@@ -21,7 +23,7 @@ fn fleet(names: &[&str]) -> Inventory {
     let mut inventory = Inventory::default();
     for name in names {
         let platform = Platform::new("linux", "amd64", "");
-        inventory.up(&(*name).into(), "10.0.0.1:9090".into(), platform, String::new());
+        inventory.up(&(*name).into(), "10.0.0.1:9090".into(), platform, String::new(), PullRecords::Kept);
     }
     inventory
 }
@@ -79,7 +81,7 @@ fn remembers_where_an_image_was_while_its_node_does_not_answer() {
         assert_eq!(f.away(&wanted), ["a", "c"].map(NodeName::from).into(), "b's was not complete");
     }
     f.set_runtime_down(&"c".into(), false);
-    f.up(&"a".into(), String::new(), Platform::new("linux", "amd64", ""), String::new());
+    f.up(&"a".into(), String::new(), Platform::new("linux", "amd64", ""), String::new(), PullRecords::Kept);
     assert_eq!((f.away(&digest(1)).len(), f.holders(&digest(1), None).len()), (0, 1));
 }
 
@@ -99,7 +101,8 @@ fn a_node_that_comes_back_means_what_it_says_then() {
     let mut f = fleet(&["a"]);
     f.upsert(&"a".into(), image(1, &["r/x:1"], true));
     f.down(&"a".into());
-    f.up(&"a".into(), String::new(), Platform::new("linux", "amd64", ""), String::new());
+    let platform = Platform::new("linux", "amd64", "");
+    f.up(&"a".into(), String::new(), platform, String::new(), PullRecords::Kept);
     assert_eq!(f.meanings("r/x:1").count(), 0);
 }
 
@@ -108,4 +111,42 @@ fn a_node_without_a_session_says_nothing() {
     let mut f = fleet(&[]);
     f.upsert(&"a".into(), image(1, &["r/x:1"], true));
     assert_eq!(f.images(), 0);
+}
+
+#[test]
+fn kubelets_records_are_found_under_whatever_digest_a_node_has_the_image() {
+    let record = |namespace: &str| {
+        let secret = v1::PullSecret { namespace: namespace.to_owned(), ..v1::PullSecret::default() };
+        let repository = v1::PulledRepository { secrets: vec![secret], ..v1::PulledRepository::default() };
+        Arc::new(Pulled::from_wire(&v1::PulledRecord { repositories: vec![repository] }))
+    };
+    let recorded = |target: u8, names: &[&str], record: Option<&Arc<Pulled>>| {
+        let mut image = image(target, names, true);
+        image.manifests[0].image_id = Some(digest(7));
+        image.manifests[0].pulled = record.cloned();
+        image
+    };
+    let (one, other) = (record("shop"), record("work"));
+    let mut f = fleet(&["a", "b", "c"]);
+    f.upsert(&"a".into(), recorded(1, &["r/x:1"], None));
+    assert_eq!(f.records(&digest(1)), Vec::<&Pulled>::new());
+    f.upsert(&"b".into(), recorded(2, &["r/y:1"], Some(&one)));
+    f.upsert(&"b".into(), recorded(3, &["r/z:1"], Some(&one)));
+    f.upsert(&"c".into(), recorded(1, &["r/x:1"], Some(&other)));
+    for asked in [digest(1), digest(101), digest(2)] {
+        assert_eq!(f.records(&asked), [&*one, &*other], "{asked}");
+    }
+    assert_eq!(f.records(&digest(9)), Vec::<&Pulled>::new());
+    f.remove(&"b".into(), &digest(2));
+    assert_eq!(f.records(&digest(1)), [&*one, &*other], "b has it under another digest still");
+    f.down(&"b".into());
+    assert_eq!(f.records(&digest(1)), [&*one, &*other], "b is away for a moment");
+    f.upsert(&"c".into(), recorded(1, &["r/x:1"], None));
+    assert_eq!(f.records(&digest(1)), [&*one]);
+    f.up(&"b".into(), String::new(), Platform::new("linux", "amd64", ""), String::new(), PullRecords::Kept);
+    assert_eq!(f.records(&digest(1)), Vec::<&Pulled>::new(), "b is back and says otherwise");
+    f.upsert(&"b".into(), recorded(2, &["r/y:1"], Some(&one)));
+    f.down(&"b".into());
+    f.forget_all_but(|_| false);
+    assert!(f.pulled.is_empty());
 }
