@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod host;
 pub mod images;
 pub mod inspect;
+pub mod load;
 pub mod netns;
 pub mod operator;
 pub mod registry;
