@@ -264,6 +264,13 @@ impl Cluster {
         Ok(self.control_plane.audit_log())
     }
 
+    /// Processor time that its processes have used, containers included; less that of those which were nobody's children
+    /// and have ended, so that only the difference over a time in which no pod ends tells anything.
+    pub fn processor_time(&self) -> Duration {
+        let processes = self.cgroups.processes(&branch(&self.name));
+        processes.into_iter().filter_map(host::processor_time_in_all).sum()
+    }
+
     /// What it was made with.
     fn options(&self) -> Options {
         let nodes = self.nodes.iter().map(|node| node.spec.clone()).collect();

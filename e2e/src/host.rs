@@ -120,6 +120,12 @@ pub fn processor_time(pid: u32) -> Option<Duration> {
     Some(ticks(field(11)? + field(12)?))
 }
 
+/// As [`processor_time`], with that of the children which have ended (fields 16 and 17).
+pub fn processor_time_in_all(pid: u32) -> Option<Duration> {
+    let field = |index| stat_field(pid, index)?.parse::<u64>().ok();
+    Some(processor_time(pid)? + ticks(field(13)? + field(14)?))
+}
+
 /// Clock ticks as the kernel counts them for programs, always a hundredth of a second here (`USER_HZ`).
 pub fn ticks(count: u64) -> Duration {
     Duration::from_millis(count * 10)

@@ -83,12 +83,12 @@ pub async fn run(name: &str, say: impl Fn(&str)) -> Result<Report> {
             (format!("puller-{n}"), PodShape { opted_in: false, ..PodShape::new(node, &one.reference) })
         })
         .collect();
-    wave::run(&tenant, &pullers).await.context("pulling the images")?;
+    wave::run(&cluster, &tenant, &pullers).await.context("pulling the images")?;
     wave::clear(&tenant).await?;
     registry.stop()?;
 
     say("pods whose images are there");
-    let before = wave::run(&tenant, &pods(&cluster, &there)).await?;
+    let before = wave::run(&cluster, &tenant, &pods(&cluster, &there)).await?;
     wave::clear(&tenant).await?;
 
     say("pods whose images are missing");
@@ -97,7 +97,7 @@ pub async fn run(name: &str, say: impl Fn(&str)) -> Result<Report> {
     let daemons = usage::daemons(&cluster)?;
     let served = of_agents(&tenant, "tote_agent_served_bytes_total").await?;
     let (mark, begin, busy) = (Mark::now(&audit_log)?, Instant::now(), usage::machine()?);
-    let load = wave::run(&tenant, &pods(&cluster, &missing)).await?;
+    let load = wave::run(&cluster, &tenant, &pods(&cluster, &missing)).await?;
     let busy = usage::machine()?.saturating_sub(busy);
     let mut used = Vec::new();
     for watched in operator.iter().chain(&daemons) {
@@ -113,7 +113,7 @@ pub async fn run(name: &str, say: impl Fn(&str)) -> Result<Report> {
     wave::clear(&tenant).await?;
 
     say("the same pods again");
-    let after = wave::run(&tenant, &pods(&cluster, &missing)).await?;
+    let after = wave::run(&cluster, &tenant, &pods(&cluster, &missing)).await?;
     let mut wanted = BTreeMap::new();
     for one in &missing {
         for node in cluster.nodes().iter().filter(|node| node.name() != one.source) {
@@ -182,11 +182,7 @@ async fn settle(tenant: &Tenant, audit_log: &Path, mark: &Mark) -> Result<()> {
         if last.1.elapsed() > QUIET {
             return Ok(());
         }
-        anyhow::ensure!(
-            Instant::now() < deadline,
-            "no rest within {SETTLED:?}\n{}",
-            tenant.report().await
-        );
+        anyhow::ensure!(Instant::now() < deadline, "no rest within {SETTLED:?}\n{}", tenant.report().await);
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }

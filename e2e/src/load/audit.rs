@@ -11,9 +11,9 @@ use serde::Deserialize;
 /// The user that the controller is.
 pub const CONTROLLER: &str = "system:serviceaccount:tote-system:tote";
 
-/// What the controller asks for as long as it leads, whatever happens: the Lease, its certificate authority, which agents
-/// it speaks to. By resource.
-const UPKEEP: [&str; 5] = ["leases", "secrets", "configmaps", "tokenreviews", "nodes"];
+/// What the controller asks for as long as it leads, whatever happens: the Lease, its certificate authority and who owns that,
+/// which pods its agents are. By resource.
+const UPKEEP: [&str; 5] = ["leases", "secrets", "configmaps", "deployments", "tokenreviews"];
 
 /// The fields of `audit.k8s.io/v1` Event that are read.
 #[derive(Debug, Deserialize)]

@@ -71,10 +71,14 @@ impl Report {
         }
         let failed = self.load.failed.len();
         ensure!(failed >= self.wanted.len(), "only {failed} pods were seen failing: what was salvaged?");
-        ensure!(self.before.failed.is_empty() && self.after.failed.is_empty(), "a pod failed whose image is there");
+        ensure!(
+            self.before.failed.is_empty() && self.after.failed.is_empty(),
+            "a pod failed whose image is there"
+        );
         let pairs = pairs(&self.jobs);
         ensure!(is_distinct(&pairs), "two jobs for one digest and node: {pairs:?}");
-        let (made, wanted): (BTreeSet<_>, BTreeSet<_>) = (pairs.iter().collect(), self.wanted.keys().collect());
+        let (made, wanted): (BTreeSet<_>, BTreeSet<_>) =
+            (pairs.iter().collect(), self.wanted.keys().collect());
         ensure!(made == wanted, "there are jobs for {made:?}, wanted are {wanted:?}");
         for (job, pair) in self.jobs.iter().zip(&pairs) {
             let status = job.status.clone().unwrap_or_default();
@@ -126,11 +130,24 @@ impl fmt::Display for Report {
             ("their images missing", &self.load),
             ("the same, images brought", &self.after),
         ] {
-            let made = wave.made.as_secs_f64();
-            writeln!(f, "  {what:<28} all Running after {:6.1} s (made after {made:.1} s)", wave.took().as_secs_f64())?;
+            let (made, took, cpu) =
+                (wave.made.as_secs_f64(), wave.took().as_secs_f64(), wave.processor.as_secs_f64());
+            writeln!(
+                f,
+                "  {what:<28} all Running after {took:6.1} s (made after {made:.1} s; {cpu:.1} s of processor time)"
+            )?;
         }
-        writeln!(f, "  ratio {:.2} (goal {RATIO})", self.ratio())?;
-        writeln!(f, "seconds since the first pod was asked for:  first   tenth    half  ninety    last  (count)")?;
+        let processor = 2.0 * self.load.processor.as_secs_f64()
+            / (self.before.processor + self.after.processor).as_secs_f64();
+        writeln!(
+            f,
+            "  ratio {:.2} (goal {RATIO}); of the cluster's processor time {processor:.2}",
+            self.ratio()
+        )?;
+        writeln!(
+            f,
+            "seconds since the first pod was asked for:  first   tenth    half  ninety    last  (count)"
+        )?;
         for (what, times) in [
             ("pods ready, images there before", &self.before.ready),
             ("pods ready, images brought", &self.after.ready),

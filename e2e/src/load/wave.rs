@@ -10,6 +10,7 @@ use kube::api::{DeleteParams, ListParams};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use tote_api::Phase;
 
+use crate::cluster::Cluster;
 use crate::tenant::{PodShape, Tenant, is_ready, phase, waiting};
 
 /// Requests that make pods at once.
@@ -23,6 +24,8 @@ const DEADLINE: Duration = Duration::from_secs(600);
 pub struct Wave {
     /// When the API server had taken the last pod.
     pub made: Duration,
+    /// Processor time that the cluster used until the last pod was ready.
+    pub processor: Duration,
     /// Pods, first seen with an image that cannot be pulled.
     pub failed: BTreeMap<String, Duration>,
     /// Pods, first seen ready.
@@ -46,23 +49,23 @@ impl Wave {
 ///
 /// # Errors
 /// One cannot be made, or not all are ready within ten minutes.
-pub async fn run(tenant: &Tenant, pods: &[(String, PodShape)]) -> Result<Wave> {
-    let begin = Instant::now();
+pub async fn run(cluster: &Cluster, tenant: &Tenant, pods: &[(String, PodShape)]) -> Result<Wave> {
+    let (begin, processor) = (Instant::now(), cluster.processor_time());
     let start = |(name, shape): (String, PodShape)| {
         let tenant = tenant.clone();
         async move { tenant.start(&name, &shape).await }
     };
     let starts: Vec<_> = pods.iter().cloned().map(start).collect();
     let making = async {
-        futures::stream::iter(starts)
-            .buffer_unordered(MAKERS)
-            .try_for_each(|()| async { Ok(()) })
-            .await?;
+        futures::stream::iter(starts).buffer_unordered(MAKERS).try_for_each(|()| async { Ok(()) }).await?;
         anyhow::Ok(begin.elapsed())
     };
     let both = async { tokio::try_join!(making, follow(tenant, pods.len(), begin)) };
     match tokio::time::timeout(DEADLINE, both).await {
-        Ok(Ok((made, wave))) => Ok(Wave { made, ..wave }),
+        Ok(Ok((made, wave))) => {
+            let processor = cluster.processor_time().saturating_sub(processor);
+            Ok(Wave { made, processor, ..wave })
+        }
         Ok(Err(error)) => Err(error),
         Err(_) => Err(anyhow!("not all pods run after {DEADLINE:?}\n{}", tenant.report().await)),
     }

@@ -18,10 +18,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::block_in_place;
 use tote_e2e::cluster::{Cluster, Options};
 use tote_e2e::images::{Layout, tiny};
-use tote_e2e::{load, operator};
 use tote_e2e::registry::{self, Control as _, Registry};
 use tote_e2e::rescue::follow;
 use tote_e2e::tenant::{PodShape, Tenant, is_ready};
+use tote_e2e::{load, operator};
 
 /// The cluster's name.
 const CLUSTER: &str = "figures";
