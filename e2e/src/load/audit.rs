@@ -50,7 +50,7 @@ pub struct Requests {
     /// What is asked for all the time.
     pub upkeep: BTreeMap<String, usize>,
     /// Those that were refused or failed, by what was asked and the status code.
-    pub failed: BTreeMap<String, usize>,
+    pub failed: BTreeMap<(String, u16), usize>,
     /// Writes of status by the job's name.
     pub status_writes: BTreeMap<String, usize>,
 }
@@ -59,6 +59,11 @@ impl Requests {
     /// How many there were for salvage.
     pub fn total(&self) -> usize {
         self.salvage.values().sum()
+    }
+
+    /// Those that should not have been made; not those that a busy API server did not get to.
+    pub fn refused(&self) -> Vec<&(String, u16)> {
+        self.failed.keys().filter(|(_, code)| (400..500).contains(code) && *code != 429).collect()
     }
 
     /// How many of one kind there were, such as `create events`.
@@ -81,7 +86,7 @@ impl Requests {
                 *requests.status_writes.entry(object.name).or_default() += 1;
             }
             if let Some(status) = line.response_status.filter(|status| status.code >= 400) {
-                *requests.failed.entry(format!("{what}: {}", status.code)).or_default() += 1;
+                *requests.failed.entry((what.clone(), status.code)).or_default() += 1;
             }
             let upkeep = UPKEEP.contains(&object.resource.as_str()) || object.resource.is_empty();
             let group = if upkeep { &mut requests.upkeep } else { &mut requests.salvage };
@@ -139,7 +144,7 @@ mod tests {
         let requests = Requests::of_lines(&text).unwrap();
         assert_eq!((requests.total(), requests.of("watch pods")), (3, 1));
         assert_eq!(requests.status_writes, [("job-1".to_owned(), 2)].into());
-        assert_eq!(requests.failed, [("patch salvagejobs/status: 409".to_owned(), 1)].into());
+        assert_eq!(requests.failed, [(("patch salvagejobs/status".to_owned(), 409), 1)].into());
         assert_eq!(requests.upkeep, [("update leases".to_owned(), 1)].into());
         assert!(Requests::of_lines("{").is_err());
     }
