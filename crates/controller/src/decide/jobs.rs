@@ -37,12 +37,14 @@ impl State {
         match event {
             TransferEvent::Progress(progress) => {
                 job.lost = 0;
+                let progress = job.in_all(progress);
                 status::progress(job, &progress);
             }
             TransferEvent::Done(progress) => {
                 let took = job.status.start_time.as_ref().map_or(Duration::ZERO, |began| {
                     Duration::try_from(now.duration_since(began.0)).unwrap_or_default()
                 });
+                let progress = job.in_all(progress);
                 finish(job, &progress, now);
                 let moved = u64::try_from(progress.transferred).unwrap_or(0);
                 self.actions.push(Action::Count(Count::Success(took, moved)));
@@ -219,6 +221,7 @@ impl State {
         let reference = wanted.reference.to_string();
         if job.fresh {
             job.status.attempts += 1;
+            job.carried = job.status.transfer.map_or(0, |transfer| transfer.transferred_bytes);
             job.fresh = false;
             self.actions.push(Action::Count(Count::Attempt));
         }
