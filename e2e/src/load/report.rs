@@ -16,14 +16,14 @@ use crate::tenant::phase;
 
 /// Writes of the status of a job that is Imported at once: Queued, Transferring, progress, Imported with the pods that it woke.
 /// Each further pod may add its name.
-const STATUS_WRITES: i64 = 4 + PODS as i64 - 1;
+const STATUS_WRITES: usize = 4 + PODS - 1;
 
 /// Seconds between two writes of progress.
 const PROGRESS: i64 = 5;
 
 /// Wakes of a pod at first (1, 2, 4, 8 s), and seconds between two later ones, less their jitter.
-const WAKES: i64 = 4;
-const WAKE: i64 = 8;
+const WAKES: u64 = 4;
+const WAKE: u64 = 8;
 
 /// Goal: to the same pods with their images in place.
 const RATIO: f64 = 1.5;
@@ -102,20 +102,13 @@ impl Report {
             let name = job.name_any();
             let writes = self.requests.status_writes.get(&name).copied().unwrap_or_default();
             let most = status_writes(job);
-            ensure!(
-                i64::try_from(writes)? <= most,
-                "{writes} writes of the status of {name}, {most} are allowed"
-            );
+            ensure!(writes <= most, "{writes} writes of the status of {name}, {most} are allowed");
             // Made, its writes, as many events, and for each pod three events and its wakes.
-            let wakes = WAKES + i64::try_from(self.load.took().as_secs())? / WAKE;
-            allowed += 1 + 2 * most + i64::try_from(PODS)? * (3 + wakes);
+            let wakes = usize::try_from(WAKES + self.load.took().as_secs() / WAKE)?;
+            allowed += 1 + 2 * most + PODS * (3 + wakes);
         }
         let asked = self.requests.total();
-        ensure!(
-            i64::try_from(asked)? <= allowed,
-            "{asked} requests for {} salvages, {allowed} are allowed",
-            self.jobs.len()
-        );
+        ensure!(asked <= allowed, "{asked} requests for {} salvages, {allowed} are allowed", self.jobs.len());
         let refused = self.requests.refused();
         ensure!(refused.is_empty(), "the API server refused {refused:?}");
         Ok(())
@@ -219,13 +212,14 @@ impl fmt::Display for Report {
 }
 
 /// How often the status of a job may be written, by what it went through.
-fn status_writes(job: &SalvageJob) -> i64 {
+fn status_writes(job: &SalvageJob) -> usize {
     let status = job.status.clone().unwrap_or_default();
     let took = match (&status.start_time, &status.completion_time) {
         (Some(began), Some(ended)) => ended.0.as_second() - began.0.as_second(),
         _ => 0,
     };
-    STATUS_WRITES + took / PROGRESS + 2 * i64::from(status.attempts - 1)
+    let more = took / PROGRESS + 2 * i64::from(status.attempts - 1);
+    STATUS_WRITES + usize::try_from(more).unwrap_or(0)
 }
 
 fn is_of_interest(line: &str) -> bool {
