@@ -259,8 +259,10 @@ mod tests {
         assert_ne!(renewed.renew_time, taken.renew_time);
     }
 
+    type Shared<T> = Arc<Mutex<T>>;
+
     /// An API server that holds one Lease; says which calls came.
-    fn played() -> (Client, Arc<Mutex<Vec<String>>>, Arc<Mutex<Option<Lease>>>) {
+    fn played() -> (Client, Shared<Vec<String>>, Shared<Option<Lease>>) {
         let (calls, kept) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(None::<Lease>)));
         let (noted, store) = (calls.clone(), kept.clone());
         let answer = move |request: http::Request<kube::client::Body>| {
