@@ -116,7 +116,12 @@ impl State {
                 Turn::Start(sources) => self.start(&demand.origin, &demand.digest, sources, now),
                 Turn::Queued(what) => {
                     if let Some((job, _)) = self.jobs.get_mut(&demand.origin) {
-                        status::enter(job, Phase::Pending, "Queued", &format!("waits for {what}"), now);
+                        // What exactly it waits for may change with every transfer that ends: not worth a write each.
+                        if job.phase() == Phase::Pending && job.reason() == "Queued" {
+                            status::observe(job);
+                        } else {
+                            status::enter(job, Phase::Pending, "Queued", &format!("waits for {what}"), now);
+                        }
                     }
                 }
             }
