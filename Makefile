@@ -51,5 +51,5 @@ image: ## the operator's image: target/image/tote.tar, an OCI archive
 clean: ## take down what demo and tests left, and remove target/ (the cache of built programs stays)
 	@for built in $(BUILT) target/debug; do \
 		if [ "$$(id -u)" = 0 ] && [ -x $$built/demo ] && [ -x $$built/cluster ]; then \
-			$$built/demo down; for name in test figures dev selftest killed; do $$built/cluster --name $$name down; done; break; fi; done
+			$$built/demo down; for name in test figures load dev selftest killed; do $$built/cluster --name $$name down; done; break; fi; done
 	@$(CARGO) clean

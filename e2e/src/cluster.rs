@@ -12,6 +12,7 @@ mod control_plane;
 mod files;
 mod network;
 mod node;
+mod options;
 mod pki;
 mod place;
 mod service;
@@ -26,36 +27,16 @@ use anyhow::{Context, Result, anyhow, bail};
 
 pub use files::REGISTRY_HOSTS;
 pub use node::{Node, NodeSpec};
+pub use options::Options;
 
 use crate::images::Layout;
-use crate::tools::{self, Containerd};
+use crate::tools;
 use crate::{host, images};
 use cgroup::Cgroups;
 use control_plane::ControlPlane;
 use network::Network;
 use place::{branch, check, check_name, clusters, directory, lock};
 use service::Service;
-
-/// What a cluster is to be.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Tells clusters on one machine apart: up to 20 of `a-z0-9-`.
-    pub name: String,
-    /// Its nodes.
-    pub nodes: Vec<NodeSpec>,
-}
-
-impl Options {
-    /// Three nodes: n1 and n2 with containerd 2.x, n3 with 1.7.
-    pub fn new(name: &str) -> Self {
-        let nodes = vec![
-            NodeSpec::new("n1", Containerd::V2),
-            NodeSpec::new("n2", Containerd::V2),
-            NodeSpec::new("n3", Containerd::V1_7),
-        ];
-        Self { name: name.to_owned(), nodes }
-    }
-}
 
 /// What `up` says as it goes on, a line each time.
 pub type Progress<'a> = &'a (dyn Fn(&str) + Sync);
@@ -65,6 +46,8 @@ pub type Progress<'a> = &'a (dyn Fn(&str) + Sync);
 struct State {
     network: Network,
     nodes: Vec<NodeSpec>,
+    #[serde(default)]
+    audited: Option<String>,
     /// Whether `up` came to its end.
     ready: bool,
 }
@@ -104,8 +87,7 @@ impl Cluster {
         check(options)?;
         let _lock = lock(&options.name)?;
         if let Ok(cluster) = Self::attach(&options.name) {
-            let specs: Vec<&NodeSpec> = cluster.nodes.iter().map(|node| &node.spec).collect();
-            if !specs.iter().copied().eq(options.nodes.iter()) {
+            if cluster.options() != *options {
                 bail!("a cluster {} is up with other nodes: take it down first", options.name);
             }
             progress(&format!("the cluster {} is up already", options.name));
@@ -144,7 +126,8 @@ impl Cluster {
         };
         let state: State =
             serde_json::from_slice(&text).with_context(|| format!("reading {}", file.display()))?;
-        let cluster = Self::new(name, dir, state.network, &state.nodes)?;
+        let options = Options { name: name.to_owned(), nodes: state.nodes, audited: state.audited };
+        let cluster = Self::new(&options, dir, state.network)?;
         let holders = cluster.nodes.iter().map(|node| &node.holder);
         let gone = cluster
             .control_plane
@@ -272,8 +255,31 @@ impl Cluster {
         api::unready(&self.kubeconfig(), self.nodes.len())
     }
 
+    /// Every request that [`Options::audited`] made: events of `audit.k8s.io/v1`, one a line.
+    ///
+    /// # Errors
+    /// Nobody's are written down.
+    pub fn audit_log(&self) -> Result<PathBuf> {
+        self.control_plane.audited.as_ref().context("the cluster was made without an audit")?;
+        Ok(self.control_plane.audit_log())
+    }
+
+    /// Processor time that its processes have used, containers included; less that of those which were nobody's children
+    /// and have ended, so that only the difference over a time in which no pod ends tells anything.
+    pub fn processor_time(&self) -> Duration {
+        let processes = self.cgroups.processes(&branch(&self.name));
+        processes.into_iter().filter_map(host::processor_time_in_all).sum()
+    }
+
+    /// What it was made with.
+    fn options(&self) -> Options {
+        let nodes = self.nodes.iter().map(|node| node.spec.clone()).collect();
+        Options { name: self.name.clone(), nodes, audited: self.control_plane.audited.clone() }
+    }
+
     /// The cluster as it would be, nothing made.
-    fn new(name: &str, dir: PathBuf, network: Network, specs: &[NodeSpec]) -> Result<Self> {
+    fn new(options: &Options, dir: PathBuf, network: Network) -> Result<Self> {
+        let Options { name, nodes: specs, audited } = options;
         let (cgroups, branch, logs) = (Cgroups::detect()?, branch(name), dir.join("logs"));
         let service = |name: &str, leaf: &str| Service {
             name: name.to_owned(),
@@ -284,6 +290,7 @@ impl Cluster {
         let control_plane = ControlPlane {
             dir: dir.join("control-plane"),
             network,
+            audited: audited.clone(),
             etcd: service("etcd", "control-plane"),
             api_server: service("kube-apiserver", "control-plane"),
             controller_manager: service("kube-controller-manager", "control-plane"),
@@ -322,7 +329,7 @@ impl Cluster {
             }
         }
         let dir = directory(&options.name)?;
-        let cluster = Self::new(&options.name, dir, Network::pick(&taken)?, &options.nodes)?;
+        let cluster = Self::new(options, dir, Network::pick(&taken)?)?;
         fs::create_dir_all(cluster.dir.join("logs"))?;
         rustix::fs::chmod(&cluster.dir, rustix::fs::Mode::RWXU)?;
         cluster.save(false)?;
@@ -330,8 +337,8 @@ impl Cluster {
     }
 
     fn save(&self, ready: bool) -> Result<()> {
-        let nodes = self.nodes.iter().map(|node| node.spec.clone()).collect();
-        let text = serde_json::to_vec_pretty(&State { network: self.network, nodes, ready })?;
+        let Options { nodes, audited, .. } = self.options();
+        let text = serde_json::to_vec_pretty(&State { network: self.network, nodes, audited, ready })?;
         let (new, file) = (self.dir.join("cluster.json.new"), self.dir.join("cluster.json"));
         fs::write(&new, text)?;
         fs::rename(&new, &file).with_context(|| format!("writing {}", file.display()))

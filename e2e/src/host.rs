@@ -95,11 +95,40 @@ fn stat_field(pid: u32, index: usize) -> Option<String> {
 /// # Errors
 /// It does not run.
 pub fn resident(pid: u32) -> Result<u64> {
+    memory(pid, "VmRSS:")
+}
+
+/// As [`resident`], the most that it was (`VmHWM`).
+///
+/// # Errors
+/// It does not run.
+pub fn resident_at_most(pid: u32) -> Result<u64> {
+    memory(pid, "VmHWM:")
+}
+
+fn memory(pid: u32, field: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path).with_context(|| format!("reading {path}: does it run?"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
     let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map(|kib| kib << 10).with_context(|| format!("{path} has no VmRSS: has the process ended?"))
+    kib.map(|kib| kib << 10).with_context(|| format!("{path} has no {field} has the process ended?"))
+}
+
+/// The processor time that a process has used, without its children (`/proc/<pid>/stat`, fields 14 and 15).
+pub fn processor_time(pid: u32) -> Option<Duration> {
+    let field = |index| stat_field(pid, index)?.parse::<u64>().ok();
+    Some(ticks(field(11)? + field(12)?))
+}
+
+/// As [`processor_time`], with that of the children which have ended (fields 16 and 17).
+pub fn processor_time_in_all(pid: u32) -> Option<Duration> {
+    let field = |index| stat_field(pid, index)?.parse::<u64>().ok();
+    Some(processor_time(pid)? + ticks(field(13)? + field(14)?))
+}
+
+/// Clock ticks as the kernel counts them for programs, always a hundredth of a second here (`USER_HZ`).
+pub fn ticks(count: u64) -> Duration {
+    Duration::from_millis(count * 10)
 }
 
 /// Lets this process have at least so many files open.

@@ -7,6 +7,7 @@ pub mod health;
 pub mod host;
 pub mod images;
 pub mod inspect;
+pub mod load;
 pub mod netns;
 pub mod operator;
 pub mod registry;

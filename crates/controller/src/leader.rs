@@ -90,13 +90,15 @@ pub struct Leader {
     me: String,
     /// The record last seen, and since when it has stood unchanged.
     seen: Option<(String, Instant)>,
+    /// The record as this candidate last wrote it.
+    held: Option<Lease>,
 }
 
 impl Leader {
     /// A candidate called `me` (the pod's name: a restarted container goes on leading) for a Lease.
     pub fn new(client: Client, namespace: &str, lease: &str, me: &str) -> Self {
         let leases = Api::namespaced(client, namespace);
-        Self { leases, lease: lease.to_owned(), me: me.to_owned(), seen: None }
+        Self { leases, lease: lease.to_owned(), me: me.to_owned(), seen: None, held: None }
     }
 
     /// Stands for election until `stop`, then gives the Lease back. `terms` has the term while this candidate
@@ -140,6 +142,13 @@ impl Leader {
     }
 
     async fn step(&mut self) -> kube::Result<Option<Term>> {
+        // Who leads renews by one call: the resourceVersion tells whether anybody has written since.
+        if let Some(lease) = self.held.clone() {
+            match self.write(lease, &Verdict::Renew).await? {
+                None => self.held = None,
+                term => return Ok(term),
+            }
+        }
         let Some(lease) = self.leases.get_opt(&self.lease).await? else {
             let metadata = ObjectMeta { name: Some(self.lease.clone()), ..ObjectMeta::default() };
             let spec = next(&LeaseSpec::default(), &Verdict::Take, &self.me, Timestamp::now());
@@ -161,17 +170,24 @@ impl Leader {
         if verdict == Verdict::Wait {
             return Ok(None);
         }
-        let spec = Some(next(&spec, &verdict, &self.me, Timestamp::now()));
+        self.write(lease, &verdict).await
+    }
+
+    /// Writes the record that a verdict over `lease` leads to; none if somebody else has written meanwhile, or deleted it.
+    async fn write(&mut self, lease: Lease, verdict: &Verdict) -> kube::Result<Option<Term>> {
+        let spec = lease.spec.clone().unwrap_or_default();
+        let spec = Some(next(&spec, verdict, &self.me, Timestamp::now()));
         // The resourceVersion goes along: of two candidates one gets a conflict.
         match self.leases.replace(&self.lease, &PostParams::default(), &Lease { spec, ..lease }).await {
             Ok(lease) => Ok(Some(self.term_of(lease))),
-            Err(kube::Error::Api(status)) if status.is_conflict() => Ok(None),
+            Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
     }
 
     fn term_of(&mut self, lease: Lease) -> Term {
-        self.seen = lease.metadata.resource_version.map(|version| (version, Instant::now()));
+        self.seen = lease.metadata.resource_version.clone().map(|version| (version, Instant::now()));
+        self.held = Some(lease.clone());
         Term {
             lease_uid: lease.metadata.uid.unwrap_or_default(),
             transitions: lease.spec.and_then(|spec| spec.lease_transitions).unwrap_or(0).into(),
@@ -192,6 +208,8 @@ impl Leader {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
 
     fn held(by: &str) -> LeaseSpec {
@@ -239,5 +257,63 @@ mod tests {
         assert_eq!(renewed.lease_transitions, Some(4));
         assert_eq!(renewed.acquire_time, taken.acquire_time);
         assert_ne!(renewed.renew_time, taken.renew_time);
+    }
+
+    type Shared<T> = Arc<Mutex<T>>;
+
+    /// An API server that holds one Lease; says which calls came.
+    fn played() -> (Client, Shared<Vec<String>>, Shared<Option<Lease>>) {
+        let (calls, kept) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(None::<Lease>)));
+        let (noted, store) = (calls.clone(), kept.clone());
+        let answer = move |request: http::Request<kube::client::Body>| {
+            let (noted, store) = (noted.clone(), store.clone());
+            async move {
+                noted.lock().unwrap().push(request.method().to_string());
+                let is_read = request.method() == http::Method::GET;
+                let body = request.into_body().collect_bytes().await.unwrap();
+                let mut store = store.lock().unwrap();
+                let version = |lease: &Lease| lease.metadata.resource_version.clone();
+                let code = if is_read {
+                    if store.is_some() { 200 } else { 404 }
+                } else {
+                    let mut lease: Lease = serde_json::from_slice(&body).unwrap();
+                    let known = store.as_ref().and_then(version);
+                    if version(&lease) == known {
+                        let next = known.map_or(1, |known| known.parse::<u64>().unwrap() + 1);
+                        lease.metadata.resource_version = Some(next.to_string());
+                        lease.metadata.uid = Some("uid".to_owned());
+                        *store = Some(lease);
+                        200
+                    } else {
+                        409
+                    }
+                };
+                let status = serde_json::json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+                    "message": "", "reason": if code == 409 { "Conflict" } else { "NotFound" }, "code": code});
+                let text =
+                    if code == 200 { serde_json::to_vec(&*store) } else { serde_json::to_vec(&status) };
+                let body = kube::client::Body::from(text.unwrap());
+                Ok::<_, std::io::Error>(http::Response::builder().status(code).body(body).unwrap())
+            }
+        };
+        (Client::new(tower::service_fn(answer), "default"), calls, kept)
+    }
+
+    #[tokio::test]
+    async fn a_leader_renews_by_one_call_and_sees_who_writes_in_between() {
+        let (client, calls, kept) = played();
+        let mut leader = Leader::new(client, "default", "tote", "me");
+        let term = leader.step().await.unwrap().unwrap();
+        for _ in 0..2 {
+            assert_eq!(leader.step().await.unwrap().unwrap(), term);
+        }
+        assert_eq!(std::mem::take(&mut *calls.lock().unwrap()), ["GET", "POST", "PUT", "PUT"]);
+        if let Some(lease) = kept.lock().unwrap().as_mut() {
+            lease.metadata.resource_version = Some("70".to_owned());
+            lease.spec = Some(held("other"));
+        }
+        assert_eq!(leader.step().await.unwrap(), None, "somebody else leads");
+        assert_eq!(leader.step().await.unwrap(), None);
+        assert_eq!(*calls.lock().unwrap(), ["PUT", "GET", "GET"]);
     }
 }

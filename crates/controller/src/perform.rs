@@ -26,8 +26,9 @@ use crate::transfer;
 /// How long one call of the API server may take.
 const CALL: Duration = Duration::from_secs(10);
 
-/// Calls of the API server at once.
-const CALLS_AT_ONCE: usize = 32;
+/// Calls of the API server at once, of each of the two kinds. The API server serves one account's requests in turn (API
+/// Priority and Fairness), the renewal of the Lease among them: what is in front of that should be little.
+const CALLS_AT_ONCE: usize = 8;
 
 /// A job of detection is kept for a week after its end, and waits for an hour at most, in seconds.
 const TTL: i64 = 168 * 3600;

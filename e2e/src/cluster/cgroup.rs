@@ -102,7 +102,7 @@ impl Cgroups {
     }
 
     /// The processes in the cgroup `name` and below it; none if there is none.
-    fn processes(&self, name: &str) -> Vec<u32> {
+    pub(super) fn processes(&self, name: &str) -> Vec<u32> {
         let mut found = Vec::new();
         for dir in tree(&self.tracking.join(name)) {
             let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();

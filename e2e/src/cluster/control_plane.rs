@@ -21,6 +21,8 @@ pub(super) struct ControlPlane {
     /// Certificates, kubeconfigs, etcd's data.
     pub(super) dir: PathBuf,
     pub(super) network: Network,
+    /// The user whose requests are written down.
+    pub(super) audited: Option<String>,
     pub(super) etcd: Service,
     pub(super) api_server: Service,
     pub(super) controller_manager: Service,
@@ -39,6 +41,15 @@ impl ControlPlane {
     /// The kubeconfig of the cluster's administrator.
     pub(super) fn kubeconfig(&self) -> PathBuf {
         self.dir.join("admin.conf")
+    }
+
+    /// What the audited user asked for, one request a line.
+    pub(super) fn audit_log(&self) -> PathBuf {
+        self.dir.join("audit.log")
+    }
+
+    fn audit_policy(&self) -> PathBuf {
+        self.dir.join("audit.json")
     }
 
     /// All four, in the order of their start.
@@ -78,6 +89,10 @@ impl ControlPlane {
             pki::kubeconfig(&dir.join(format!("{file}.conf")), &self.server(), dir, file)?;
         }
         pki::service_account_key(dir)?;
+        if let Some(user) = &self.audited {
+            fs::write(self.audit_policy(), serde_json::to_vec_pretty(&audit(user))?)
+                .context("writing the audit policy")?;
+        }
         fs::write(dir.join("admission.json"), serde_json::to_vec_pretty(&admission())?)
             .context("writing admission.json")
     }
@@ -116,7 +131,7 @@ impl ControlPlane {
     fn api_server_flags(&self) -> Vec<String> {
         let gateway = self.network.gateway();
         let file = |name: &str| self.dir.join(name).display().to_string();
-        vec![
+        let mut flags = vec![
             format!("--etcd-servers=http://{gateway}:2379"),
             format!("--bind-address={gateway}"),
             format!("--advertise-address={gateway}"),
@@ -135,7 +150,12 @@ impl ControlPlane {
             "--enable-admission-plugins=NodeRestriction".to_owned(),
             format!("--admission-control-config-file={}", file("admission.json")),
             "--allow-privileged=true".to_owned(),
-        ]
+        ];
+        if self.audited.is_some() {
+            flags.push(format!("--audit-policy-file={}", self.audit_policy().display()));
+            flags.push(format!("--audit-log-path={}", self.audit_log().display()));
+        }
+        flags
     }
 
     fn controller_manager_flags(&self) -> Vec<String> {
@@ -175,6 +195,16 @@ fn admission() -> serde_json::Value {
             "defaults": {"enforce": "baseline", "enforce-version": "latest"},
             "exemptions": {"namespaces": ["kube-system"]},
         }}],
+    })
+}
+
+/// The requests of one user and no other, each when it is answered.
+fn audit(user: &str) -> serde_json::Value {
+    json!({
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived"],
+        "rules": [{"level": "Metadata", "users": [user]}, {"level": "None"}],
     })
 }
 

@@ -83,7 +83,7 @@ pub(super) fn write(node: &Node) -> Result<()> {
     own("/etc/containerd/config.toml", &config.to_toml())?;
     let cni = serde_json::to_string_pretty(&cni(&node.network.pods(node.index)?))?;
     own("/etc/cni/net.d/10-tote.conflist", &cni)?;
-    own(KUBELET_CONFIG, &serde_json::to_string_pretty(&kubelet(&node.cgroup_root))?)?;
+    own(KUBELET_CONFIG, &serde_json::to_string_pretty(&kubelet(&node.cgroup_root, node.spec.crowded))?)?;
     own(KUBE_PROXY_CONFIG, &serde_json::to_string_pretty(&kube_proxy(node.name(), node.network))?)
 }
 
@@ -120,8 +120,8 @@ fn cni(subnet: &str) -> Value {
     })
 }
 
-fn kubelet(cgroup_root: &str) -> Value {
-    json!({
+fn kubelet(cgroup_root: &str, crowded: bool) -> Value {
+    let mut config = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "authentication": {
@@ -148,7 +148,14 @@ fn kubelet(cgroup_root: &str) -> Value {
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
         "oomScoreAdj": 0,
-    })
+    });
+    if crowded {
+        config["maxPods"] = json!(200);
+        config["serializeImagePulls"] = json!(false);
+        // Zero: no limit. As many side by side as there are, unless maxParallelImagePulls says otherwise.
+        config["registryPullQPS"] = json!(0);
+    }
+    config
 }
 
 fn kube_proxy(node: &str, network: Network) -> Value {

@@ -26,12 +26,15 @@ pub struct NodeSpec {
     pub containerd: Containerd,
     /// What its CRI unpacks with.
     pub snapshotter: Snapshotter,
+    /// Whether it is for up to 200 pods whose images are pulled side by side, as fast as they are asked for.
+    #[serde(default)]
+    pub crowded: bool,
 }
 
 impl NodeSpec {
     /// A node with the defaults of its containerd.
     pub fn new(name: &str, containerd: Containerd) -> Self {
-        Self { name: name.to_owned(), containerd, snapshotter: Snapshotter::default() }
+        Self { name: name.to_owned(), containerd, snapshotter: Snapshotter::default(), crowded: false }
     }
 }
 

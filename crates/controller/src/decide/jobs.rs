@@ -42,12 +42,14 @@ impl State {
         match event {
             TransferEvent::Progress(progress) => {
                 job.lost = 0;
+                let progress = job.in_all(progress);
                 status::progress(job, &progress);
             }
             TransferEvent::Done(progress) => {
                 let took = job.status.start_time.as_ref().map_or(Duration::ZERO, |began| {
                     Duration::try_from(now.duration_since(began.0)).unwrap_or_default()
                 });
+                let progress = job.in_all(progress);
                 finish(job, &progress, now);
                 let moved = u64::try_from(progress.transferred).unwrap_or(0);
                 self.actions.push(Action::Count(Count::Success(took, moved)));
@@ -127,7 +129,12 @@ impl State {
                 Turn::Start(sources) => self.start(&demand.origin, &demand.digest, sources, now),
                 Turn::Queued(what) => {
                     if let Some((job, _)) = self.jobs.get_mut(&demand.origin) {
-                        status::enter(job, Phase::Pending, "Queued", &format!("waits for {what}"), now);
+                        // What exactly it waits for may change with every transfer that ends: not worth a write each.
+                        if job.phase() == Phase::Pending && job.reason() == "Queued" {
+                            status::observe(job);
+                        } else {
+                            status::enter(job, Phase::Pending, "Queued", &format!("waits for {what}"), now);
+                        }
                     }
                 }
             }
@@ -253,6 +260,7 @@ impl State {
             travelling(records, &job.namespace, &job.spec.image, self.policy.access).filter(|_| is_kept);
         if job.fresh {
             job.status.attempts += 1;
+            job.carried = job.status.transfer.map_or(0, |transfer| transfer.transferred_bytes);
             job.fresh = false;
             self.actions.push(Action::Count(Count::Attempt));
         }

@@ -51,6 +51,8 @@ pub struct Job {
     pub tried: BTreeSet<NodeName>,
     /// The nodes that held its image when it failed; not known of a job that failed under an earlier controller.
     pub held_by: Option<BTreeSet<NodeName>>,
+    /// Bytes that attempts before this one moved.
+    pub carried: i64,
 }
 
 /// What a job asks for.
@@ -136,7 +138,23 @@ impl Job {
             lost: 0,
             tried: BTreeSet::new(),
             held_by: None,
+            carried: 0,
         }
+    }
+
+    /// What an attempt says, with what those before it moved: for a later one that is on the target already.
+    pub fn in_all(&self, attempt: Progress) -> Progress {
+        let known = self.status.transfer.map_or(0, |transfer| transfer.transferred_bytes);
+        let transferred = known.max(attempt.transferred.saturating_add(self.carried));
+        let earlier = transferred.saturating_sub(attempt.transferred);
+        let mut source_nodes = attempt.source_nodes;
+        if earlier > 0 {
+            source_nodes.extend(self.status.source_nodes.iter().cloned());
+            source_nodes.sort();
+            source_nodes.dedup();
+        }
+        let reused = attempt.reused.saturating_sub(earlier).max(0);
+        Progress { transferred, reused, source_nodes, ..attempt }
     }
 
     /// Its phase; Pending before the first status.

@@ -18,17 +18,17 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::block_in_place;
 use tote_e2e::cluster::{Cluster, Options};
 use tote_e2e::images::{Layout, tiny};
-use tote_e2e::operator;
 use tote_e2e::registry::{self, Control as _, Registry};
 use tote_e2e::rescue::follow;
 use tote_e2e::tenant::{PodShape, Tenant, is_ready};
+use tote_e2e::{load, operator};
 
 /// The cluster's name.
 const CLUSTER: &str = "figures";
 
 /// Salvages a 5 MB image several times and says how long each took; then how long agents wait for a certificate, the
-/// memory of controller and agents, and of the controller beside many pods. The cluster is removed then. Last, what TLS
-/// costs a stream, and what idle sessions cost the controller.
+/// memory of controller and agents, and of the controller beside many pods. The cluster is removed then. Then three hundred
+/// pods that fail at once, on another. Last, what TLS costs a stream, and what idle sessions cost the controller.
 #[derive(Parser)]
 struct Arguments {
     /// How many salvages.
@@ -56,6 +56,8 @@ struct Arguments {
 enum Part {
     /// Salvages, certificates and memory on a cluster.
     Cluster,
+    /// Three hundred pods that fail at once.
+    Load,
     /// One stream of a blob, by TLS and without.
     Stream,
     /// Idle sessions.
@@ -85,6 +87,12 @@ async fn measure(arguments: Arguments) -> Result<()> {
     let is_wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
     if is_wanted(Part::Cluster) {
         on_a_cluster(&arguments).await?;
+        block_in_place(|| Cluster::down(CLUSTER))?;
+    }
+    if is_wanted(Part::Load) {
+        let report = load::run(CLUSTER, |what| println!("{what}")).await?;
+        println!("\n{report}");
+        report.check()?;
         block_in_place(|| Cluster::down(CLUSTER))?;
     }
     if is_wanted(Part::Stream) {

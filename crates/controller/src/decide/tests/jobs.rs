@@ -120,6 +120,57 @@ fn failures_are_tried_again_with_a_limit() {
 }
 
 #[test]
+fn a_queue_that_moves_is_not_written_for_those_who_wait_on() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true), image(2, &["r.test/x:2"], true)]);
+    let job = |bench: &mut Bench, name: &str, image: &str| {
+        bench.job(name, json!({"image": image, "nodeName": "b"}), false)
+    };
+    job(&mut bench, "one", "r.test/x:1");
+    let other = job(&mut bench, "two", "r.test/x:2");
+    let waits = job(&mut bench, "three", "r.test/x:1");
+    bench.decide();
+    assert_eq!(bench.reason(&waits), (Phase::Pending, "Queued".into()));
+    bench.transfer(&other, done());
+    let written: Vec<_> = bench
+        .decide()
+        .into_iter()
+        .filter_map(|action| match action {
+            Action::WriteStatus { uid, .. } => Some(uid),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(written, [other.into()], "the other's end, and nothing of who waits");
+}
+
+#[test]
+fn what_earlier_attempts_moved_counts() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    let uid = bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    bench.decide();
+    let moved = |transferred: i64, reused: i64, nodes: &[&str]| Progress {
+        total: 5,
+        transferred,
+        reused,
+        source_nodes: nodes.iter().map(ToString::to_string).collect(),
+    };
+    bench.transfer(&uid, TransferEvent::Progress(moved(3, 0, &["a"])));
+    bench.transfer(&uid, failed(true));
+    bench.pass(5);
+    bench.transfer(&uid, TransferEvent::Progress(moved(2, 3, &["c"])));
+    bench.transfer(&uid, failed(true));
+    bench.pass(5);
+    bench.transfer(&uid, TransferEvent::Done(moved(0, 5, &[])));
+    bench.decide();
+    let status = &bench.state.jobs[&*uid].0.status;
+    let transfer = status.transfer.unwrap();
+    assert_eq!((transfer.transferred_bytes, transfer.reused_bytes), (5, 0));
+    assert_eq!(status.source_nodes, ["a", "c"]);
+    assert!(crate::salvage::status::message(status).ends_with("moved from a, c"), "{status:?}");
+}
+
+#[test]
 fn a_deleted_job_is_cancelled() {
     let mut bench = Bench::new();
     bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
