@@ -35,7 +35,7 @@ const IMAGES: usize = 30;
 const PODS: usize = 5;
 
 /// Transfers at once.
-const CONCURRENT: &str = "6";
+const CONCURRENT: &str = "2";
 
 /// Nothing is asked of the API server for so long: all has been written.
 const QUIET: Duration = Duration::from_secs(5);

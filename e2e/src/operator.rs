@@ -33,11 +33,7 @@ pub fn archive() -> Result<PathBuf> {
 /// # Errors
 /// kubectl or helm failed; the message has what they wrote.
 pub fn install(cluster: &Cluster, values: &[(&str, &str)]) -> Result<()> {
-    let namespace = serde_json::json!({
-        "apiVersion": "v1", "kind": "Namespace",
-        "metadata": { "name": NAMESPACE, "labels": { "pod-security.kubernetes.io/enforce": "privileged" } },
-    });
-    apply(cluster, &namespace.to_string()).context("making the operator's namespace")?;
+    make_namespace(cluster)?;
     let chart = checkout().join("charts/tote");
     let mut helm = cluster.helm(&["upgrade", "--install", "tote"])?;
     helm.arg(chart).args(["-n", NAMESPACE, "--wait", "--timeout", "90s"]);
@@ -49,6 +45,18 @@ pub fn install(cluster: &Cluster, values: &[(&str, &str)]) -> Result<()> {
     let status = ["-n", NAMESPACE, "rollout", "status", "daemonset/tote-agent", "--timeout=90s"];
     host::run(&mut cluster.kubectl(&status)?).context("waiting for every agent")?;
     Ok(())
+}
+
+/// Makes the operator's namespace, if it is not there.
+///
+/// # Errors
+/// kubectl failed.
+pub fn make_namespace(cluster: &Cluster) -> Result<()> {
+    let namespace = serde_json::json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": { "name": NAMESPACE, "labels": { "pod-security.kubernetes.io/enforce": "privileged" } },
+    });
+    apply(cluster, &namespace.to_string()).context("making the operator's namespace")
 }
 
 /// Uninstalls the chart; returns when all of it is gone.

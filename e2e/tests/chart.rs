@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
+use tote_controller::detect::class::{Class, Stance};
 use tote_controller::metrics::Metrics;
 use tote_controller::notify::NotificationType;
 use tote_e2e::tools;
@@ -34,6 +35,8 @@ const EVERY_VALUE: &[(&str, &[&str])] = &[
     ("image.pullPolicy=Never", &["imagePullPolicy: Never"]),
     ("imagePullSecrets[0].name=corp", &["imagePullSecrets:\n        - name: corp"]),
     ("config.enabled=false", &["--enabled=false"]),
+    ("config.classes.salvage[0]=Denied", &["--salvage-class=Denied"]),
+    ("config.classes.ignore[0]=NotFound", &["--ignore-class=NotFound"]),
     ("config.images.allowed[0]=r.corp/*", &["\"--allow-image=r.corp/*\""]),
     ("config.images.denied[0]=*/secret", &["\"--deny-image=*/secret\""]),
     ("config.metricsAddr=127.0.0.1:9999", &["--metrics-addr=127.0.0.1:9999", "containerPort: 9999"]),
@@ -409,4 +412,17 @@ fn a_bad_value_is_refused_by_name() {
         let error = template(&[value]).unwrap_err();
         assert!(error.contains(field) && error.contains("schema"), "{value}: {error}");
     }
+}
+
+/// The schema knows just the classes that the controller takes.
+#[test]
+fn classes_are_those_of_the_controller() {
+    let schema: Value = serde_json::from_str(include_str!("../../charts/tote/values.schema.json")).unwrap();
+    let lists = &schema["properties"]["config"]["properties"]["classes"]["properties"];
+    let names =
+        |list: &str| -> Vec<String> { serde_json::from_value(lists[list]["items"]["enum"].clone()).unwrap() };
+    let all = Class::ALL.map(|class| class.name().to_owned());
+    let salvageable: Vec<_> =
+        Class::ALL.into_iter().filter(|c| c.stance() != Stance::Never).map(|c| c.name().to_owned()).collect();
+    assert_eq!((names("ignore"), names("salvage")), (all.into(), salvageable));
 }

@@ -12,9 +12,9 @@ use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::json;
 use tote_api::Phase;
+use tote_e2e::inspect;
 use tote_e2e::registry::Control as _;
 use tote_e2e::tenant::{PodShape, Tenant, phase};
-use tote_e2e::{inspect, operator};
 use tote_rpc::identity::{Authority, Identity};
 use tote_rpc::testing::Pki;
 
@@ -25,7 +25,7 @@ use crate::known::{
     trusted,
 };
 use crate::play::Play;
-use crate::stage::{Alone, SOON, Scenario, VALUES};
+use crate::stage::{Alone, SOON, Scenario, install};
 use crate::{attacks, crowd, reader, renewal, rogue};
 
 /// Annotations of the Secret.
@@ -238,8 +238,7 @@ async fn follow_own(
     normal: &Normal<'_>,
 ) -> Result<()> {
     let old = settled(play).await?;
-    let values = [VALUES, &[("tls.existingSecret", OWN)]].concat();
-    tokio::task::block_in_place(|| operator::install(play.cluster(), &values))?;
+    tokio::task::block_in_place(|| install(play.cluster(), &[("tls.existingSecret", OWN)]))?;
     let staged = staged(play, &old).await?;
     ensure!(
         staged.text(NEXT) == Some(own.certificate_pem()),

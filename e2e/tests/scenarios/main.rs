@@ -6,6 +6,7 @@
 mod access;
 mod attacker;
 mod attacks;
+mod classes;
 mod commands;
 mod corrupt;
 mod crowd;
@@ -17,6 +18,7 @@ mod known;
 mod leaders;
 mod nodes;
 mod outage;
+mod outputs;
 mod owners;
 mod play;
 mod policy;
@@ -43,9 +45,11 @@ fn main() -> ExitCode {
         outage::all(),
         shapes::all(),
         policy::all(),
+        outputs::all(),
         access::all(),
         owners::all(),
         jobs::all(),
+        classes::all(),
         commands::all(),
         corrupt::all(),
         identity::all(),

@@ -13,9 +13,9 @@ use tote_e2e::cluster::{Cluster, Node};
 use tote_e2e::images::{Image, Layout, preset};
 use tote_e2e::registry::{Control as _, Registry};
 use tote_e2e::tenant::{PodShape, Tenant};
-use tote_e2e::{inspect, operator, rootfs};
+use tote_e2e::{inspect, rootfs};
 
-use crate::stage::{Alone, Big, SOON, Scenario, Stage, VALUES};
+use crate::stage::{self, Alone, Big, SOON, Scenario, Stage};
 
 /// A scenario's own corner of the stage.
 pub struct Play {
@@ -44,7 +44,7 @@ impl Play {
 
     /// The operator, as it was when the scenario began.
     pub fn install_operator(&self) -> Result<()> {
-        tokio::task::block_in_place(|| operator::install(&self.stage.cluster, VALUES))
+        tokio::task::block_in_place(|| stage::install(&self.stage.cluster, &[]))
     }
 
     /// The image of 500 MB that n1 holds.

@@ -4,11 +4,12 @@
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use kube::Client;
+use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{OnceCell, RwLock, Semaphore, watch};
 use tote_e2e::cluster::{Cluster, Options};
@@ -17,6 +18,7 @@ use tote_e2e::operator;
 use tote_e2e::registry::{self, Control as _, Registry};
 use tote_e2e::tenant::{PodShape, Tenant};
 
+use crate::outputs::{Receiver, SECRET};
 use crate::play::Play;
 
 /// The cluster's name.
@@ -24,12 +26,44 @@ const CLUSTER: &str = "test";
 
 /// Agents are capped, so that a transfer of hundreds of megabytes can be disturbed in its middle. Certificates are renewed
 /// every minute, so that every scenario has renewals in its middle.
-pub const VALUES: &[(&str, &str)] = &[
+const VALUES: &[(&str, &str)] = &[
     ("agent.maxBandwidth", "25Mi"),
     ("controller.maxConcurrentSalvages", "6"),
     ("tls.certificateLifetime", "2m"),
     ("config.images.denied[0]", "*/denied"),
+    ("registryResolve.enabled", "true"),
 ];
+
+/// Name of the Secret with what proves to the receiver who sends.
+const HOOK: &str = "hook";
+
+static RECEIVER: OnceLock<Receiver> = OnceLock::new();
+
+/// What is told of all scenarios' salvages; it listens before the operator is installed.
+pub fn receiver() -> &'static Receiver {
+    RECEIVER.get().unwrap_or_else(|| unreachable!("the stage was set"))
+}
+
+/// Installs the operator as every scenario expects it, with these values on top. The scenarios' registries may be asked.
+pub fn install(cluster: &Cluster, more: &[(&str, &str)]) -> Result<()> {
+    let registries = format!("{}:*", cluster.registry_address());
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": { "name": HOOK, "namespace": operator::NAMESPACE },
+        "stringData": { "value": SECRET.1 },
+    });
+    operator::make_namespace(cluster)?;
+    operator::apply(cluster, &secret.to_string())?;
+    let url = format!("http://{}/hook", receiver().address);
+    let asked = [
+        ("notifications.url", url.as_str()),
+        ("notifications.header.name", SECRET.0),
+        ("notifications.header.existingSecret", HOOK),
+        ("notifications.header.key", "value"),
+        ("registryResolve.registries[0]", registries.as_str()),
+        ("registryResolve.insecureRegistries[0]", registries.as_str()),
+    ];
+    operator::install(cluster, &[VALUES, &asked, more].concat())
+}
 
 /// How many scenarios play at once: they mostly wait, but two cores carry no more without missing deadlines.
 const TURNS: usize = 7;
@@ -130,11 +164,15 @@ impl Stage {
             println!("removed the cluster that an earlier run left");
         }
         let cluster = Cluster::up(&Options::new(CLUSTER), &|line| println!("{line}"))?;
+        let listening = runtime.block_on(async {
+            let listener = tokio::net::TcpListener::bind((cluster.registry_address(), 0)).await?;
+            Receiver::start(listener).await
+        })?;
+        let _ = RECEIVER.set(listening);
         println!("installing the operator");
         let archive = operator::archive();
-        let installed = archive
-            .and_then(|tar| cluster.load_image(&tar))
-            .and_then(|()| operator::install(&cluster, VALUES));
+        let installed =
+            archive.and_then(|tar| cluster.load_image(&tar)).and_then(|()| install(&cluster, &[]));
         if let Err(error) = installed {
             Cluster::down(CLUSTER)?;
             return Err(error);

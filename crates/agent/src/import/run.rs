@@ -56,7 +56,8 @@ impl Context {
             peers,
             bandwidth,
             patience: Patience::default(),
-            visible_within: Duration::from_secs(15),
+            // A node that starts a hundred pods at once lets CRI wait.
+            visible_within: Duration::from_secs(60),
             metrics: Arc::default(),
             flights: Flights::default(),
             records: None,

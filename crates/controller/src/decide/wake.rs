@@ -23,8 +23,8 @@ const LAST_WAKE: Duration = Duration::from_secs(10);
 const MANY_WAKES: u32 = 30;
 const RARE_WAKE: Duration = Duration::from_secs(60);
 
-/// After so many wakes (some 7 s) the pod's event says what kubelet is waiting for.
-const WAKES_BEFORE_CAUSE: u32 = 4;
+/// After so many wakes (some 25 s, for a node that starts a hundred pods at once is slow) the pod's event says what kubelet is waiting for.
+const WAKES_BEFORE_CAUSE: u32 = 6;
 
 /// Images of which another pull has just failed. While a pull of a name is under way or queued, kubelet lets no
 /// pod take the image from the node: the moment at which one has failed may be the one at which none is.

@@ -16,13 +16,14 @@ const DOCKER: (&str, &str) = ("docker.io", "registry-1.docker.io");
 pub struct HostPattern {
     wildcard: bool,
     host: String,
+    any_port: bool,
 }
 
 /// Why a string is no [`HostPattern`].
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
     "{0:?} is no registry's host: write it as in image references, without scheme and path, such as \
-     registry.example.com, registry.example.com:5000, docker.io or *.example.com"
+     registry.example.com, registry.example.com:5000, registry.example.com:*, docker.io or *.example.com"
 )]
 pub struct HostError(String);
 
@@ -30,14 +31,16 @@ impl FromStr for HostPattern {
     type Err = HostError;
 
     fn from_str(text: &str) -> Result<Self, HostError> {
-        let host = text.strip_prefix("*.");
-        let (wildcard, host) = (host.is_some(), host.unwrap_or(text).to_ascii_lowercase());
+        let host = text.strip_suffix(":*");
+        let (any_port, text_of_host) = (host.is_some(), host.unwrap_or(text));
+        let host = text_of_host.strip_prefix("*.");
+        let (wildcard, host) = (host.is_some(), host.unwrap_or(text_of_host).to_ascii_lowercase());
         let is_host = Url::parse(&format!("https://{host}/"))
             .is_ok_and(|url| url.path() == "/" && url.username().is_empty() && url.password().is_none());
         let is_plain = host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:[]".contains(&b));
         let is_domain = !wildcard || (host.contains('.') && !host.starts_with('.'));
         if is_host && is_plain && is_domain {
-            Ok(Self { wildcard, host })
+            Ok(Self { wildcard, host, any_port })
         } else {
             Err(HostError(text.to_owned()))
         }
@@ -46,14 +49,21 @@ impl FromStr for HostPattern {
 
 impl fmt::Display for HostPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", if self.wildcard { "*." } else { "" }, self.host)
+        let (before, after) = (if self.wildcard { "*." } else { "" }, if self.any_port { ":*" } else { "" });
+        write!(f, "{before}{}{after}", self.host)
     }
 }
 
 impl HostPattern {
     /// Whether a reference's registry is meant.
     pub fn matches(&self, registry: &str) -> bool {
-        let registry = registry.to_ascii_lowercase();
+        let mut registry = registry.to_ascii_lowercase();
+        if self.any_port
+            && let Some((host, port)) = registry.rsplit_once(':')
+            && port.bytes().all(|b| b.is_ascii_digit())
+        {
+            registry = host.to_owned();
+        }
         if !self.wildcard {
             return registry == self.host;
         }
@@ -129,6 +139,11 @@ mod tests {
             ("*.example.com", "eu.example.com.evil.test", false),
             ("*.example.com", "eu.example.com:5000", false),
             ("*.example.com:5000", "eu.example.com:5000", true),
+            ("10.0.0.1:*", "10.0.0.1:5000", true),
+            ("10.0.0.1:*", "10.0.0.1", true),
+            ("10.0.0.1:*", "10.0.0.11:5000", false),
+            ("*.example.com:*", "eu.example.com:5000", true),
+            ("*.example.com:*", "example.com:5000", false),
         ] {
             let pattern: HostPattern = pattern.parse().unwrap();
             assert_eq!(pattern.matches(registry), meant, "{pattern} {registry}");
