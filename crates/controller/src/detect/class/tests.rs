@@ -165,3 +165,17 @@ fn a_class_is_known_by_its_name_alone() {
         assert!(error.contains(part), "{error}");
     }
 }
+
+#[test]
+fn the_documentation_tells_every_class() {
+    let text = include_str!("../../../../../docs/failures.md");
+    for class in Class::ALL {
+        let copy = match class.stance() {
+            Stance::Salvage => "salvaged",
+            Stance::Policy => "if named",
+            Stance::Never => "never",
+        };
+        let row = format!("| `{class}` | {copy} | {} |", class.remedy());
+        assert!(text.lines().any(|line| line == row), "docs/failures.md lacks the row {row}");
+    }
+}
