@@ -67,13 +67,15 @@ pub struct Scanner {
     /// Images that are not told of yet, and since when they are there.
     held: HashMap<Digest, Instant>,
     told: BTreeSet<Digest>,
+    /// Images that were waited for in vain.
+    unfinished: BTreeSet<Digest>,
 }
 
 impl Scanner {
     /// A scanner that has seen nothing.
     pub fn new(containerd: Arc<dyn Containerd>, records: Option<Arc<Records>>) -> Self {
-        let (known, held, told) = (HashMap::new(), HashMap::new(), BTreeSet::new());
-        Self { containerd, records, known, held, told }
+        let (known, held) = (HashMap::new(), HashMap::new());
+        Self { containerd, records, known, held, told: BTreeSet::new(), unfinished: BTreeSet::new() }
     }
 
     /// Whether an image is there that waits for its record.
@@ -95,6 +97,18 @@ impl Scanner {
         }
         let since = *self.held.entry(digest.clone()).or_insert_with(Instant::now);
         since.elapsed() < RECORD_PATIENCE
+    }
+
+    /// Whether a pull of an image that was waited for in vain has still not ended.
+    fn is_unfinished(&mut self, digest: &Digest, image: &v1::Image, pulls: Option<&Pulls>) -> bool {
+        let is_recorded = image.manifests.iter().any(|manifest| manifest.pulled.is_some());
+        let is_pulling = pulls.is_some_and(|pulls| pulls.is_pulling(&image.names));
+        if is_recorded || !is_pulling {
+            self.unfinished.remove(digest);
+        } else if self.held.contains_key(digest) {
+            self.unfinished.insert(digest.clone());
+        }
+        self.unfinished.contains(digest)
     }
 
     /// The node's images as they are now.
@@ -131,6 +145,13 @@ impl Scanner {
             if pulls.as_ref().is_some_and(|pulls| self.waits(&digest, &image, pulls)) {
                 continue;
             }
+            let mut image = image;
+            if self.is_unfinished(&digest, &image, pulls.as_deref()) {
+                // Kubelet never came to write down who may have it: then nobody is known to.
+                for manifest in &mut image.manifests {
+                    manifest.pulled = Some(v1::PulledRecord::default());
+                }
+            }
             self.held.remove(&digest);
             inventory.insert(digest, Arc::new(image));
         }
@@ -151,8 +172,12 @@ impl Scanner {
                     found.push(self.manifest(&target.digest, None, manifest, sizes).await?);
                 }
                 Document::Index(index) => {
+                    let mut seen = BTreeSet::new();
                     for entry in &index.manifests {
                         let digest = &entry.descriptor.digest;
+                        if !seen.insert(digest) {
+                            continue; // An index may name one a thousand times.
+                        }
                         let child = self.document(digest, sizes).await?;
                         let Some(Document::Manifest(manifest)) = child.as_deref() else { continue };
                         found.push(self.manifest(digest, entry.platform.clone(), manifest, sizes).await?);

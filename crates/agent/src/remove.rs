@@ -4,16 +4,19 @@
 
 use thiserror::Error;
 use tote_image::Digest;
+use tote_rpc::v1;
 
-use crate::containerd;
+use crate::containerd::{self, Containerd};
 use crate::import::Imports;
 use crate::inventory::Scanner;
 
 /// Why records were left as they are.
 #[derive(Debug, Error)]
 pub enum RemoveError {
-    /// Nothing is the matter with it.
-    #[error("digest {0}: no blob of it is missing on this node; only an image that lacks some is removed")]
+    /// Nothing is the matter with it, or nothing that can be seen.
+    #[error(
+        "digest {0}: neither its manifest nor its config is missing on this node; only such an image is removed"
+    )]
     Complete(Digest),
     /// It is being repaired.
     #[error("digest {0}: a transfer is bringing it to this node")]
@@ -28,7 +31,7 @@ pub enum RemoveError {
 pub async fn remove(imports: &Imports, digest: &Digest) -> Result<Vec<String>, RemoveError> {
     let image = Scanner::new(imports.shared_containerd(), None).scan().await?.remove(digest);
     let Some(image) = image else { return Ok(Vec::new()) };
-    if image.manifests.iter().any(|manifest| manifest.complete) {
+    if !is_unusable(imports.containerd(), digest, &image).await? {
         return Err(RemoveError::Complete(digest.clone()));
     }
     if imports.is_moving(digest) {
@@ -44,4 +47,25 @@ pub async fn remove(imports: &Imports, digest: &Digest) -> Result<Vec<String>, R
         }
     }
     Ok(names)
+}
+
+/// Whether no container can be made of it: without a manifest or its config CRI can do nothing. Layers may be missing from an
+/// image that is well, for its snapshots stand (`discard_unpacked_layers`).
+async fn is_unusable(
+    containerd: &dyn Containerd,
+    digest: &Digest,
+    image: &v1::Image,
+) -> Result<bool, containerd::Error> {
+    if image.manifests.is_empty() {
+        // One that is there but cannot be read by us may be read by others.
+        return Ok(containerd.blob(digest).await?.is_none());
+    }
+    for manifest in &image.manifests {
+        if let Ok(config) = manifest.config_digest.parse()
+            && containerd.blob(&config).await?.is_some()
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

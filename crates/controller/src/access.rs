@@ -66,6 +66,11 @@ pub enum Access {
         /// Other namespaces that those name.
         namespaces: usize,
     },
+    /// Nothing restricts it, but not every agent that could know has told.
+    Untold {
+        /// Nodes that hold it and whose agent does not tell.
+        nodes: usize,
+    },
 }
 
 impl Pulled {
@@ -104,7 +109,7 @@ impl Pulled {
 impl Access {
     /// Whether the image may move.
     pub fn is_given(self) -> bool {
-        !matches!(self, Self::Unproven { .. })
+        !matches!(self, Self::Unproven { .. } | Self::Untold { .. })
     }
 
     /// Whether records restrict the image, so that the target's kubelet has to know of it.
@@ -120,7 +125,7 @@ impl Access {
             Self::EveryPod => "EveryPod",
             Self::Named => "Named",
             Self::Runs => "Runs",
-            Self::Unproven { .. } => "AccessUnproven",
+            Self::Unproven { .. } | Self::Untold { .. } => "AccessUnproven",
         }
     }
 
@@ -141,6 +146,11 @@ impl Access {
                 )
             }
             Self::Runs => format!("a pod of namespace {namespace} runs the image"),
+            Self::Untold { nodes } => format!(
+                "the agent on {nodes} node(s) that hold this image does not tell what kubelet wrote down of who may have it: \
+                 it is older than the controller, or runs without --kubelet-dir (agent.kubeletDir). When it tells, namespace \
+                 {namespace} may have it, or not; an operator may also set controller.access=any."
+            ),
             Self::Unproven { nodes, namespaces } => {
                 let named = match namespaces {
                     0 => "name nobody".to_owned(),
@@ -180,6 +190,19 @@ pub fn verdict<'a>(
         _ if runs_already => Access::Runs,
         _ => Access::Unproven { nodes, namespaces: named.len() },
     }
+}
+
+/// The verdict over several images that one digest may be: each must be given, and the strictest is told.
+pub fn strictest(verdicts: impl IntoIterator<Item = Access>) -> Access {
+    let rank = |access: &Access| match access {
+        Access::Unproven { .. } => 5,
+        Access::Untold { .. } => 4,
+        Access::Runs => 3,
+        Access::Named => 2,
+        Access::EveryPod => 1,
+        Access::NotAsked | Access::Unrecorded => 0,
+    };
+    verdicts.into_iter().max_by_key(rank).unwrap_or(Access::Unrecorded)
 }
 
 /// What the target's kubelet is to be told of an image that `namespace` may have under the name `image` (as its pods write

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use tote_image::{Digest, Reference};
 
-use crate::access::{self, Access};
+use crate::access::{self, Access, Pulled};
 use crate::detect::Consent;
 use crate::fleet::{FleetEvent, Inventory, NodeName};
 use crate::nodes::{Kubelet, NodeFacts};
@@ -62,11 +62,40 @@ impl World {
         self.images.refusal(reference, self.fleet.names_of(digest).into_iter())
     }
 
-    /// Whether a namespace may have an image: by all that kubelets have written down about it, or because a pod of the
-    /// namespace runs it.
-    pub fn access(&self, namespace: &str, digest: &Digest) -> Access {
-        let runs_already = self.running.runs_in(namespace, digest);
-        access::verdict(self.fleet.records(digest), namespace, runs_already, self.access)
+    /// Whether a namespace may have an image on the node `target`: by all that kubelets have written down about it, or because
+    /// a pod of the namespace runs it.
+    pub fn access(&self, namespace: &str, digest: &Digest, target: &str) -> Access {
+        if self.access == access::Policy::Any {
+            return Access::NotAsked;
+        }
+        let platform = self.fleet.node(target).map(|node| &node.platform);
+        // Where the digest is of an index with several images, a pod may run another than the one that is wanted.
+        let is_one = self.fleet.image_ids(digest, None).len() == 1;
+        let runs_already = is_one && self.running.runs_in(namespace, digest);
+        let images = self.fleet.image_ids(digest, platform);
+        let each = images
+            .into_iter()
+            .map(|id| access::verdict(self.fleet.records(id), namespace, runs_already, self.access));
+        match access::strictest(each) {
+            Access::Unrecorded | Access::EveryPod if self.fleet.silent_holders(digest) > 0 => {
+                Access::Untold { nodes: self.fleet.silent_holders(digest) }
+            }
+            access => access,
+        }
+    }
+
+    /// All kubelets' records of the image that a digest is on the node `target`.
+    pub fn records(&self, digest: &Digest, target: &str) -> Vec<&Pulled> {
+        let platform = self.fleet.node(target).map(|node| &node.platform);
+        self.fleet.image_ids(digest, platform).into_iter().flat_map(|id| self.fleet.records(id)).collect()
+    }
+
+    /// Whether a node knows a digest by a name of the reference's repository.
+    pub fn is_of_repository(&self, reference: &Reference, digest: &Digest) -> bool {
+        let names = self.fleet.names_of(digest);
+        names.iter().any(|name| {
+            name.parse::<Reference>().is_ok_and(|known| known.repository() == reference.repository())
+        })
     }
 
     /// What a namespace says; one that is not known is gone.

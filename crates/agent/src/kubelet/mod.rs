@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
+use prost::Message as _;
 use thiserror::Error;
 use tote_image::{Digest, Reference};
 use tote_rpc::v1::{PullRecords, PulledRecord};
@@ -33,6 +34,9 @@ const COARSE: Duration = Duration::from_millis(100);
 /// The largest file that is read, and the most files. Kubelet's are some hundred bytes, one an image.
 const MAX_FILE: u64 = 1 << 20;
 const MAX_FILES: usize = 20_000;
+
+/// The most bytes of a record that are told, as encoded; one that is larger names nobody.
+const MAX_TOLD: usize = 32 << 10;
 
 /// How often a record is merged again because kubelet wrote it meanwhile.
 const ATTEMPTS: u32 = 5;
@@ -95,7 +99,9 @@ impl Pulls {
         if self.unreadable {
             return Some(PulledRecord::default());
         }
-        self.pulled.get(&file_name(image_id.as_str())).cloned()
+        let record = self.pulled.get(&file_name(image_id.as_str()))?;
+        // A tenant may pull one image under many names with many secrets.
+        Some(if record.encoded_len() > MAX_TOLD { PulledRecord::default() } else { record.clone() })
     }
 
     /// Whether kubelet is at pulling one of these (normalized) references: then who may have it is about to be written.

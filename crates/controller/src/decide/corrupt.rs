@@ -12,7 +12,7 @@ use super::{Action, Count, LookupAnswer, Question, State, sooner};
 use crate::detect::Wait;
 use crate::salvage::after;
 
-/// Between two removals for one pod and image, and for how long kubelet is left to pull after one, in seconds.
+/// Between two removals of one image from one node, and for how long kubelet is left to pull after one, in seconds.
 const REMOVED_SECONDS: i64 = 60;
 
 impl State {
@@ -41,9 +41,8 @@ impl State {
         again: &mut Option<Timestamp>,
     ) -> bool {
         let node = entry.pod.node.clone();
-        if let Some(at) =
-            entry.removed.get(&wait.image).map(|at| after(*at, REMOVED_SECONDS)).filter(|at| *at > now)
-        {
+        let removed = self.removed.get(&(node.clone(), wait.image.clone()));
+        if let Some(at) = removed.map(|at| after(*at, REMOVED_SECONDS)).filter(|at| *at > now) {
             sooner(again, at);
             return true; // Kubelet pulls; if that fails it says so.
         }
@@ -58,7 +57,7 @@ impl State {
                     self.lookups.ask(question, now, again, &mut self.actions);
                     return true;
                 }
-                entry.removed.insert(wait.image.clone(), now);
+                self.removed.insert((node.clone(), wait.image.clone()), now);
                 tracing::info!(%node, image = %wait.image, %digest, "the registry has it: removing what is left of it");
                 self.actions.push(Action::RemoveImage { node, digest });
                 sooner(again, after(now, REMOVED_SECONDS));

@@ -26,8 +26,6 @@ pub(super) struct PodEntry {
     told: HashSet<(String, Arc<str>, &'static str)>,
     pub(super) counted: HashSet<Arc<str>>,
     pub(super) wakes: HashMap<Arc<str>, Wake>,
-    /// When the records of an image were last removed from its node.
-    pub(super) removed: HashMap<Arc<str>, Timestamp>,
     /// Spreads what is done for many pods.
     pub(super) seed: u64,
 }
@@ -37,15 +35,7 @@ impl PodEntry {
         let mut hasher = DefaultHasher::new();
         pod.uid.hash(&mut hasher);
         let seed = hasher.finish();
-        Self {
-            pod,
-            told: HashSet::new(),
-            counted: HashSet::new(),
-            wakes: HashMap::new(),
-            removed: HashMap::new(),
-
-            seed,
-        }
+        Self { pod, told: HashSet::new(), counted: HashSet::new(), wakes: HashMap::new(), seed }
     }
 
     fn about(&self, field_path: &str) -> About {

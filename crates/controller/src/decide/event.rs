@@ -23,17 +23,18 @@ pub enum Kind {
     Namespaces,
     Nodes,
     Jobs,
+    PullSecrets,
     Owners(OwnerKind),
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 11] = {
-        let mut all = [Self::Pods; 11];
-        (all[1], all[2], all[3]) = (Self::Namespaces, Self::Nodes, Self::Jobs);
+    pub const ALL: [Self; 12] = {
+        let mut all = [Self::Pods; 12];
+        (all[1], all[2], all[3], all[4]) = (Self::Namespaces, Self::Nodes, Self::Jobs, Self::PullSecrets);
         let mut n = 0;
         while n < OwnerKind::ALL.len() {
-            all[4 + n] = Self::Owners(OwnerKind::ALL[n]);
+            all[5 + n] = Self::Owners(OwnerKind::ALL[n]);
             n += 1;
         }
         all
@@ -120,6 +121,8 @@ pub enum Event {
     },
     /// Kubelet says that a pull secret of a pod is missing.
     SecretMissing {
+        /// The namespace it says so in.
+        namespace: Arc<str>,
         /// The pod's UID.
         uid: Arc<str>,
         /// When it said so last.

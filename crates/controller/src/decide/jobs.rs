@@ -13,6 +13,7 @@ use tote_rpc::v1::PullRecords;
 use super::{Action, Count, State, TransferEvent, sooner};
 use crate::access::travelling;
 use crate::backoff::delay;
+use crate::detect::{Wait, WaitingPod};
 use crate::fleet::NodeName;
 use crate::salvage::{
     Assignment, Demand, Job, MAX_HELD_BY, Progress, Run, Source, Step, Turn, after, plan, schedule, status,
@@ -80,6 +81,12 @@ impl State {
             }
             TransferEvent::Lost { message } => {
                 job.lost = job.lost.saturating_add(1);
+                if job.lost > 1
+                    && let Run::Running { sources, .. } = &job.run
+                {
+                    // Perhaps none of them lets it read.
+                    job.tried.extend(sources.iter().map(|source| source.node.clone()));
+                }
                 let until = pause(job, job.lost, now);
                 job.run = Run::BackOff { until, message: format!("attaching again: {message}") };
             }
@@ -104,15 +111,7 @@ impl State {
     }
 
     pub(super) fn decide_jobs(&mut self, now: Timestamp, again: &mut Option<Timestamp>) {
-        let waited: HashSet<(Arc<str>, String, Reference)> = self
-            .pods
-            .values()
-            .flat_map(|entry| entry.pod.waits.iter().map(move |wait| (&entry.pod, wait)))
-            .filter_map(|(pod, wait)| {
-                let reference = wait.reference.clone().ok()?;
-                Some((pod.namespace.clone(), pod.node.to_string(), reference))
-            })
-            .collect();
+        let waited = self.wanted(now);
         let mut demands: Vec<Demand> = Vec::new();
         let mut running: Vec<Assignment> = Vec::new();
         let uids: Vec<Arc<str>> = self.jobs.keys().cloned().collect();
@@ -144,6 +143,20 @@ impl State {
             self.tell_transition(uid, now);
             self.write(uid, now, again);
         }
+    }
+
+    /// What pods wait for that may be salvaged for them.
+    fn wanted(&self, now: Timestamp) -> HashSet<(Arc<str>, String, Reference)> {
+        let pods = self.pods.values().map(|entry| &entry.pod).filter(|pod| self.is_opted_in(pod));
+        let waits = pods.flat_map(|pod| pod.waits.iter().map(move |wait| (pod, wait)));
+        let allowed = waits.filter(|(pod, wait)| {
+            let class = self.secrets.class_of(pod, wait, now);
+            !wait.policy_always && self.policy.classes.refusal(class).is_none()
+        });
+        let key = |(pod, wait): (&WaitingPod, &Wait)| {
+            Some((pod.namespace.clone(), pod.node.to_string(), wait.reference.clone().ok()?))
+        };
+        allowed.filter_map(key).collect()
     }
 
     /// The slot that a job holds: also one whose agent may be at it although this controller is not attached, because
@@ -255,7 +268,7 @@ impl State {
         let reference = wanted.reference.to_string();
         let node: NodeName = job.spec.node_name.as_str().into();
         let is_kept = self.world.fleet.node(&node).is_some_and(|node| node.records == PullRecords::Kept);
-        let records = self.world.fleet.records(digest);
+        let records = self.world.records(digest, &job.spec.node_name);
         let pulled =
             travelling(records, &job.namespace, &job.spec.image, self.policy.access).filter(|_| is_kept);
         if job.fresh {

@@ -33,10 +33,11 @@ pub use lookups::Question;
 
 use crate::access;
 use crate::detect::{Classes, WaitingPod};
+use crate::fleet::NodeName;
 use crate::patterns::Images;
 use crate::resolve::TagPolicy;
 use crate::running::Runs;
-use crate::salvage::{Job, Limits};
+use crate::salvage::{Job, Limits, after};
 use crate::world::World;
 use ask::Asked;
 use book::Book;
@@ -78,6 +79,10 @@ pub struct State {
     notes: Notes,
     lookups: Lookups,
     secrets: Secrets,
+    /// Namespace and name of jobs that were made by what a registry said.
+    vouched: HashSet<(Arc<str>, String)>,
+    /// When an image's records were last removed from a node.
+    removed: HashMap<(NodeName, Arc<str>), Timestamp>,
     synced: HashSet<Kind>,
     streams: u64,
     actions: Vec<Action>,
@@ -105,6 +110,8 @@ impl State {
             notes: Notes::default(),
             lookups: Lookups::default(),
             secrets: Secrets::default(),
+            vouched: HashSet::new(),
+            removed: HashMap::new(),
             synced: HashSet::new(),
             streams: 0,
             actions: Vec::new(),
@@ -147,7 +154,9 @@ impl State {
                 let before = self.world.nodes.insert(name.clone(), facts);
                 return before.is_none_or(|before| self.world.nodes[&name].is_news_after(&before));
             }
-            Event::SandboxFailed { node, image, at } => return self.notes.sandbox_failed(node, image, at),
+            Event::SandboxFailed { node, image, at } => {
+                return self.notes.sandbox_failed(node, image, at.min(now));
+            }
             Event::Node { name, facts: None } => {
                 let was = self.world.nodes.remove(&name).is_some();
                 self.world.forget_gone_nodes();
@@ -161,7 +170,9 @@ impl State {
             Event::Fleet(event) => self.world.apply_fleet(event, now),
             Event::Transfer { uid, stream, event } => self.apply_transfer(&uid, stream, event, now),
             Event::Created { base, answer } => self.apply_created(base, answer, now),
-            Event::SecretMissing { uid, at } => return self.secrets.missing(uid, at),
+            Event::SecretMissing { namespace, uid, at } => {
+                return self.secrets.missing(namespace, uid, at, now);
+            }
             Event::LookedUp { question, answer } => self.lookups.answered(&question, answer, now),
             Event::StatusWritten { uid, version } => self.status_written(&uid, version, now),
             Event::DeleteFailed { uid } => self.delete_failed(&uid, now),
@@ -176,6 +187,7 @@ impl State {
             self.forget_asked(now);
             self.lookups.forget(now);
             self.secrets.forget(now);
+            self.removed.retain(|_, at| after(*at, 600) > now);
             self.world.settle(now);
             self.decide_pods(now, &mut again);
             self.decide_jobs(now, &mut again);
@@ -217,6 +229,7 @@ impl State {
                 self.pods.retain(|uid, _| seen.contains(uid));
                 self.world.running.retain(seen);
             }
+            Kind::PullSecrets => {}
             Kind::Owners(kind) => self.world.owners.retain(kind, seen),
             Kind::Namespaces => self.world.namespaces.retain(|name, _| seen.contains(name)),
             Kind::Nodes => {

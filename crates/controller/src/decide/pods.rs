@@ -35,7 +35,7 @@ impl State {
     }
 
     /// Whether the namespace, and the pod or the nearest of its controllers that says anything, want it.
-    fn is_opted_in(&self, pod: &WaitingPod) -> bool {
+    pub(super) fn is_opted_in(&self, pod: &WaitingPod) -> bool {
         self.world.owners.opted_in(pod.says, pod.controller.as_deref())
             && self.world.consent(&pod.namespace) == Consent::Given
     }
@@ -62,7 +62,7 @@ impl State {
                 return;
             }
         };
-        let class = self.secrets.class_of(&entry.pod.uid, wait, now);
+        let class = self.secrets.class_of(&entry.pod, wait, now);
         if let Some(refusal) = self.policy.classes.refusal(class) {
             let remedy = class.remedy();
             let note = format!(
@@ -181,7 +181,7 @@ impl State {
             entry.not_actionable(wait, "ImageDenied", &note, &mut self.actions);
             return;
         }
-        let access = self.world.access(&entry.pod.namespace, digest);
+        let access = self.world.access(&entry.pod.namespace, digest, &entry.pod.node);
         if !access.is_given() {
             if let Some(at) = self.world.unsettled_until(now) {
                 // An agent that is away may know better.
@@ -196,8 +196,17 @@ impl State {
         let is_open = self
             .jobs_for(&pod.namespace, reference, &pod.node)
             .any(|job| job.is_open() && job.digest().is_none_or(|known| known == *digest));
-        if !is_open && !self.ask(entry, wait, reference, digest, sources, now, again) {
-            return;
+        if !is_open {
+            if !self.ask(entry, wait, reference, digest, sources, now, again) {
+                return;
+            }
+            let made = self.actions.iter().rev().find_map(|action| match action {
+                Action::CreateJob(new) => Some((new.namespace.clone(), new.name.clone())),
+                _ => None,
+            });
+            if why == Why::Upstream {
+                self.vouched.extend(made);
+            }
         }
         let place = if on_target {
             format!("on node {} itself under another name", pod.node)
@@ -235,12 +244,16 @@ impl State {
         }
         if wait.class == Class::CorruptStore
             && self.policy.look_up
+            && !matches!(missing, Missing::Away { .. })
             && self.stale_record(entry, wait, reference, now, again)
         {
             return;
         }
-        let unknown = matches!(missing, Missing::Nowhere { digest: None } | Missing::Ambiguous { .. });
-        if unknown && self.policy.look_up {
+        let unknown = matches!(
+            missing,
+            Missing::Nowhere { .. } | Missing::Ambiguous { .. } | Missing::WorkloadDisagrees { .. }
+        );
+        if unknown && self.policy.look_up && wait.class != Class::CorruptStore {
             self.ask_registry(entry, wait, reference, missing, now, again);
         } else {
             entry.not_actionable(wait, missing.reason(), &missing.message(&wait.image), &mut self.actions);

@@ -161,6 +161,10 @@ classes! {
     /// The pod waits, but not for an image.
     NotAPull, Never,
         "look at the pod's events: it is not an image that it waits for";
+    /// Kubelet backs off and does not say why, and the last failure was not seen: so older kubelets do once this controller
+    /// has begun anew. It may have been a refusal; kubelet's next attempt, within five minutes, tells.
+    CauseUnseen, Policy,
+        "wait for kubelet's next attempt to pull (at most 5 minutes), whose message says why it fails";
     /// A pull failed in words that no rule knows. The words are containerd's and registries' and change between
     /// versions; whoever opted in has asked that an image which a neighbour holds be copied when its pull fails, and
     /// an outage must not wait for a rule. What may be deliberate has its rules (the last of them take any wording of
@@ -201,6 +205,9 @@ pub struct Evidence<'a> {
 pub fn classify(evidence: &Evidence<'_>) -> Class {
     let text = match evidence.last_pull_error {
         Some(cause) if forgetful(evidence.message) => cause,
+        None if evidence.reason == "ImagePullBackOff" && forgetful(evidence.message) => {
+            return Class::CauseUnseen;
+        }
         _ => evidence.message,
     };
     let found = rules::RULES.iter().find(|rule| rule.matches(evidence.reason, text));

@@ -78,6 +78,8 @@ pub struct ContainerView {
     pub waiting_message: String,
     /// `imageID` of the status while the container runs, else empty.
     pub running_id: String,
+    /// `image` of the status: what it was started from, which is no longer what spec says once that was changed in place.
+    pub running_image: String,
 }
 
 /// A pod of which at least one container waits for an image.
@@ -138,12 +140,17 @@ impl Wait {
 
     /// Takes over from what was known of the pod what the last pull failed of.
     pub(crate) fn remembering(mut self, before: &WaitingPod) -> Self {
-        if self.last_pull_error.is_none() {
-            let was = |wait: &&Wait| wait.field_path == self.field_path && wait.image == self.image;
-            self.last_pull_error =
-                before.waits.iter().find(was).and_then(|wait| wait.last_pull_error.clone());
+        if self.last_pull_error.is_some() {
+            return self;
         }
-        self.classed()
+        let was = |wait: &&Wait| wait.field_path == self.field_path && wait.image == self.image;
+        match before.waits.iter().find(was).and_then(|wait| wait.last_pull_error.clone()) {
+            None => self,
+            known => {
+                self.last_pull_error = known;
+                self.classed()
+            }
+        }
     }
 }
 
@@ -229,6 +236,12 @@ pub fn runs(pod: &PodView) -> Option<Runs> {
         .filter(|container| !container.running_id.is_empty())
         .filter_map(|container| {
             let reference: Reference = container.image.parse().ok()?;
+            // The runtime gives an image of several names by one of them; then nothing is learnt here.
+            let is_current =
+                container.running_image.parse::<Reference>().is_ok_and(|image| image == reference);
+            if !is_current && reference.digest().is_none() {
+                return None;
+            }
             Some((reference.to_string().into(), repository_digest(&container.running_id)?))
         })
         .collect();

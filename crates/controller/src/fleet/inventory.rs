@@ -372,22 +372,35 @@ impl Inventory {
         suit.map(|m| m.created).max().filter(|created| *created > 0)
     }
 
-    /// All kubelets' records of who may have the image `digest` (of an index or a manifest), under whatever digest and
-    /// name each node has it, one for each node: an image is what its config makes it.
-    pub fn records(&self, digest: &Digest) -> Vec<&Pulled> {
-        let mut ids = BTreeSet::new();
-        for (name, target) in self.by_digest.get(digest).into_iter().flatten() {
-            let Some(image) = self.nodes.get(name).and_then(|node| node.images.get(target)) else { continue };
-            let below = image.manifests.iter().filter(|m| image.target == *digest || m.digest == *digest);
-            ids.extend(below.filter_map(|manifest| manifest.image_id.as_ref()));
-        }
-        let mut records = Vec::new();
-        for known in ids.into_iter().filter_map(|id| self.pulled.get(id)) {
-            let by_node: BTreeMap<&NodeName, &Pulled> =
-                known.iter().map(|((node, _), record)| (node, &**record)).collect();
-            records.extend(by_node.into_values());
-        }
-        records
+    /// The images (by their IDs) that `digest` (of an index or a manifest) is on the nodes; for `platform` alone, if it is
+    /// given.
+    pub fn image_ids(&self, digest: &Digest, platform: Option<&Platform>) -> BTreeSet<&Digest> {
+        let held = self.by_digest.get(digest).into_iter().flatten();
+        let images = held.filter_map(|(name, target)| self.nodes.get(name)?.images.get(target));
+        let below = images.flat_map(|image| {
+            image.manifests.iter().filter(|m| image.target == *digest || m.digest == *digest)
+        });
+        let suit = below.filter(|m| platform.is_none_or(|p| p.rank(&m.platform).is_some()));
+        suit.filter_map(|manifest| manifest.image_id.as_ref()).collect()
+    }
+
+    /// All kubelets' records of who may have an image, under whatever digest and name each node has it, one for each node:
+    /// an image is what its config makes it.
+    pub fn records(&self, image_id: &Digest) -> Vec<&Pulled> {
+        let known = self.pulled.get(image_id).into_iter().flatten();
+        let by_node: BTreeMap<&NodeName, &Pulled> =
+            known.map(|((node, _), record)| (node, &**record)).collect();
+        by_node.into_values().collect()
+    }
+
+    /// How many nodes hold `digest` whose agent does not tell what its kubelet wrote down.
+    pub fn silent_holders(&self, digest: &Digest) -> usize {
+        let held = self.by_digest.get(digest).into_iter().flatten();
+        let nodes: BTreeSet<&NodeName> = held.map(|(name, _)| name).collect();
+        let silent = |name: &&NodeName| {
+            self.nodes.get(*name).is_some_and(|node| node.records == PullRecords::Unspecified)
+        };
+        nodes.into_iter().filter(silent).count()
     }
 
     /// Names of the records, other than config IDs, under which a node has `digest`.

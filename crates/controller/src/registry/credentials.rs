@@ -8,6 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use thiserror::Error;
 use tote_image::Reference;
+use wildmatch::WildMatch;
 
 /// The key that stands for Docker Hub where nothing else does.
 const DOCKER_KEY: &str = "index.docker.io";
@@ -64,7 +65,17 @@ pub enum SecretError {
     /// `auth` is not base64 of `name:password`.
     #[error("auths[{0:?}].auth is not base64 of name:password")]
     Auth(String),
+    /// Larger than any that is meant for registries: whoever makes Secrets is not trusted.
+    #[error(
+        "it is too large: {MAX_DATA} bytes in all, {MAX_KEY} for where a credential is for, {MAX_SECRET} for a password"
+    )]
+    TooLarge,
 }
+
+/// The most bytes of a pull secret, of one place it is for, and of one name or password.
+const MAX_DATA: usize = 64 << 10;
+const MAX_KEY: usize = 512;
+const MAX_SECRET: usize = 8 << 10;
 
 #[derive(Deserialize)]
 struct ConfigJson {
@@ -109,12 +120,19 @@ pub struct Keyring(BTreeMap<String, Vec<Credential>>);
 impl Keyring {
     /// Takes in what a Secret holds; nothing of it if there is something wrong with it.
     pub fn add(&mut self, format: Format, data: &[u8]) -> Result<(), SecretError> {
+        if data.len() > MAX_DATA {
+            return Err(SecretError::TooLarge);
+        }
         let entries = match format {
             Format::ConfigJson => serde_json::from_slice(data).map(|config: ConfigJson| config.auths),
             Format::Cfg => serde_json::from_slice(data),
         };
         let mut found = Vec::new();
         for (key, entry) in entries.map_err(|_| SecretError::Form)? {
+            let parts = [&entry.username, &entry.password, &entry.auth, &entry.identitytoken];
+            if key.len() > MAX_KEY || parts.iter().any(|part| part.len() > MAX_SECRET) {
+                return Err(SecretError::TooLarge);
+            }
             let credential = entry.credential().map_err(|()| SecretError::Auth(key.clone()))?;
             found.extend(credential.map(|credential| (place(&key), credential)));
         }
@@ -165,22 +183,11 @@ fn covers(place: &str, repository: &str) -> bool {
     let (patterns, labels) = (pattern.split('.'), host.split('.'));
     port == own_port
         && patterns.clone().count() == labels.clone().count()
-        && patterns.zip(labels).all(|(pattern, label)| glob(pattern.as_bytes(), label.as_bytes()))
+        && patterns.zip(labels).all(|(pattern, label)| WildMatch::new(pattern).matches(label))
 }
 
 fn port(host: &str) -> (&str, &str) {
     host.rsplit_once(':').filter(|(_, port)| !port.contains(']')).unwrap_or((host, ""))
-}
-
-/// `*` for any characters, `?` for one.
-fn glob(pattern: &[u8], text: &[u8]) -> bool {
-    match (pattern, text) {
-        ([], []) => true,
-        ([b'*', rest @ ..], _) => (0..=text.len()).any(|n| glob(rest, &text[n..])),
-        ([b'?', rest @ ..], [_, text @ ..]) => glob(rest, text),
-        ([a, rest @ ..], [b, text @ ..]) => a == b && glob(rest, text),
-        _ => false,
-    }
 }
 
 #[cfg(test)]
@@ -296,5 +303,21 @@ mod tests {
         let shown = format!("{one:?} {:?}", Credential::IdentityToken("hidden".into()));
         assert_eq!(shown, "password of \"u\" identity token");
         assert_eq!(Format::of_type("Opaque"), None);
+    }
+
+    #[test]
+    fn a_key_or_a_secret_that_is_made_to_hurt_is_refused() {
+        let with = |key: &str, password: &str| {
+            let text = json!({"auths": {key: {"username": "u", "password": password}}}).to_string();
+            let mut keyring = Keyring::default();
+            keyring.add(Format::ConfigJson, text.as_bytes()).map(|()| keyring)
+        };
+        for (key, password) in [("*".repeat(513), "p".to_owned()), ("r.test".into(), "p".repeat(9000))] {
+            assert_eq!(with(&key, &password).err(), Some(SecretError::TooLarge));
+        }
+        assert_eq!(with("r.test", &"p".repeat(1 << 17)).err(), Some(SecretError::TooLarge));
+        let stars = with(&format!("{}b", "*a".repeat(200)), "p").unwrap();
+        let image: Reference = format!("{}:5000/x", "a".repeat(200)).parse().unwrap();
+        assert!(stars.find(&image).is_empty(), "and this ends");
     }
 }

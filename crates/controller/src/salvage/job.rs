@@ -45,6 +45,8 @@ pub struct Job {
     pub fresh: bool,
     /// Whether the node's inventory has shown the imported image: from then on it knows better than the job.
     pub confirmed: bool,
+    /// Whether the registry has just told this controller what its tag means, as `spec.digest` says.
+    pub vouched: bool,
     /// Broken streams in a row.
     pub lost: u32,
     /// The sources of its failed attempts: the next one asks others first.
@@ -135,6 +137,7 @@ impl Job {
             status,
             run: Run::Idle,
             confirmed: false,
+            vouched: false,
             lost: 0,
             tried: BTreeSet::new(),
             held_by: None,
@@ -199,7 +202,11 @@ impl Job {
         sources.len() <= MAX_HELD_BY
             && sources.iter().any(|source| match &self.held_by {
                 Some(known) => !known.contains(source),
-                None => !self.status.source_nodes.iter().any(|known| **known == **source),
+                // One that moved nothing named nobody.
+                None => {
+                    let named = &self.status.source_nodes;
+                    !named.is_empty() && !named.iter().any(|known| **known == **source)
+                }
             })
     }
 

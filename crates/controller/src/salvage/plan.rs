@@ -115,6 +115,12 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
     let found = look(job, wanted, world, now, again);
     match (&job.run, found) {
         (Run::Running { sources, .. }, Ok((_, _, available, _))) => reattach(sources, &available),
+        // What it may not have, it may not get either: something was learnt meanwhile.
+        (Run::Running { .. }, Err(Step::Wait { reason, message, cancel, access }))
+            if cancel || access.is_some() =>
+        {
+            Step::Wait { reason, message, cancel: true, access }
+        }
         (Run::Running { .. }, Err(_)) => Step::Keep,
         (_, Ok((digest, why, sources, access))) => Step::Ready { digest, why, sources, access },
         (_, Err(step)) => step,
@@ -230,12 +236,27 @@ fn look(
                 let message = format!("{} may not be salvaged: {refusal}", job.spec.image);
                 return Err(Step::Wait { reason: "ImageDenied", message, cancel: true, access: None });
             }
+            if wanted.pin.is_some()
+                && !job.vouched
+                && wanted.reference.tag().is_some()
+                && !world.is_of_repository(&wanted.reference, &digest)
+            {
+                // Or whoever may write jobs could give any image any name, on any node.
+                let message = format!(
+                    "no node has {digest} under a name of repository {}, so nothing shows that tag {} may mean it: name it by \
+                     its digest in spec.image, {}",
+                    wanted.reference.repository(),
+                    wanted.reference.tag().unwrap_or_default(),
+                    wanted.reference.pinned(digest.clone())
+                );
+                return Err(wait("DigestUnproven", message));
+            }
             let sources = if on_target {
                 Vec::new()
             } else {
                 sources.iter().filter_map(|node| world.source(node)).collect()
             };
-            let access = world.access(&job.namespace, &digest);
+            let access = world.access(&job.namespace, &digest, &job.spec.node_name);
             if !access.is_given() {
                 let message = access.message(&job.namespace);
                 return Err(Step::Wait {
@@ -247,7 +268,6 @@ fn look(
             }
             if let Some(at) = world.first_settled(now)
                 && access != Access::NotAsked
-                && !job.has_begun()
             {
                 // A node that has not been heard of yet may restrict the image.
                 sooner(again, at);

@@ -132,7 +132,7 @@ pub fn access(job: &mut Job, access: Access, message: &str, now: Timestamp) {
     let value = match access {
         Access::EveryPod | Access::Named | Access::Runs => "True",
         Access::NotAsked | Access::Unrecorded => "Unknown",
-        Access::Unproven { .. } => "False",
+        Access::Unproven { .. } | Access::Untold { .. } => "False",
     };
     set(&mut job.status, condition::ACCESS_PROVEN, value, access.reason(), message, now);
 }

@@ -2,6 +2,7 @@
 //! stored here, and nothing decided.
 
 use std::pin::pin;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
@@ -13,8 +14,8 @@ use serde::Deserialize;
 use tokio::sync::mpsc;
 use tote_image::Reference;
 
-use super::slim_metadata;
-use crate::decide::Event;
+use super::{Meaning, follow, slim_metadata};
+use crate::decide::{Event, Kind};
 
 /// The fields of an Event (core/v1, where kubelet writes them) that are used.
 #[derive(Resource, Clone, Debug, Deserialize)]
@@ -65,10 +66,11 @@ impl SlimEvent {
         Some(Event::SandboxFailed { node: node.as_str().into(), image, at })
     }
 
-    /// That a pod's pull secret is missing.
+    /// That a pod's pull secret is missing. The API server sees to it that an event is in its pod's namespace.
     fn secret(&self) -> Option<Event> {
+        let namespace = self.metadata.namespace.as_deref()?.into();
         let (uid, at) = (self.involved_object.uid.as_str().into(), self.said_at()?);
-        Some(Event::SecretMissing { uid, at })
+        Some(Event::SecretMissing { namespace, uid, at })
     }
 }
 
@@ -82,32 +84,33 @@ fn sandbox_image(message: &str) -> Option<&str> {
     image.parse::<Reference>().is_ok().then_some(image)
 }
 
-/// Watches what kubelet says of sandboxes that it cannot make.
-pub async fn sandboxes(client: Client, events: mpsc::Sender<Event>) {
-    told(client, "FailedCreatePodSandBox", SlimEvent::sandbox, events).await;
+/// How long the state waits for the first list of missing secrets.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn of_reason(reason: &str) -> watcher::Config {
+    watcher::Config::default().fields(&format!("reason={reason},involvedObject.kind=Pod,type=Warning"))
 }
 
 /// Watches what kubelet says of pull secrets that it does not find.
 pub async fn secrets(client: Client, events: mpsc::Sender<Event>) {
-    told(client, "FailedToRetrieveImagePullSecret", SlimEvent::secret, events).await;
+    let (api, config) = (Api::<SlimEvent>::all(client), of_reason("FailedToRetrieveImagePullSecret"));
+    let meaning = |event: &SlimEvent, gone: bool| {
+        let said = event.secret().filter(|_| !gone)?;
+        Some(Meaning::new(event.metadata.uid.as_deref()?.into(), said))
+    };
+    follow(api, config, Some(PATIENCE), Kind::PullSecrets, events, meaning).await;
 }
 
-/// Unlike with the other watches nothing waits for a first list.
-async fn told(
-    client: Client,
-    reason: &str,
-    meaning: fn(&SlimEvent) -> Option<Event>,
-    events: mpsc::Sender<Event>,
-) {
-    let config =
-        watcher::Config::default().fields(&format!("reason={reason},involvedObject.kind=Pod,type=Warning"));
+/// Watches what kubelet says of sandboxes that it cannot make. Unlike with the other watches nothing waits for a first list.
+pub async fn sandboxes(client: Client, events: mpsc::Sender<Event>) {
+    let config = of_reason("FailedCreatePodSandBox");
     let mut stream = pin!(watcher(Api::<SlimEvent>::all(client), config).default_backoff());
     while let Some(item) = stream.next().await {
         let event = match item {
-            Ok(watcher::Event::InitApply(event) | watcher::Event::Apply(event)) => meaning(&event),
+            Ok(watcher::Event::InitApply(event) | watcher::Event::Apply(event)) => event.sandbox(),
             Ok(_) => None,
             Err(error) => {
-                tracing::warn!(reason, %error, "watch of kubelet's events interrupted; it is taken up again");
+                tracing::warn!(%error, "watch of sandbox failures interrupted; it is taken up again");
                 None
             }
         };
@@ -168,9 +171,9 @@ mod tests {
         };
         assert_eq!((&*node, &*image, said), ("n1", "r.test/pause:1", at));
         assert!(event("somebody").sandbox().is_none() && event("somebody").secret().is_none());
-        let Some(Event::SecretMissing { uid, at: said }) = event("kubelet").secret() else {
+        let Some(Event::SecretMissing { namespace, uid, at: said }) = event("kubelet").secret() else {
             panic!("nothing")
         };
-        assert_eq!((&*uid, said), ("u-web", at));
+        assert_eq!((&*namespace, &*uid, said), ("shop", "u-web", at));
     }
 }

@@ -85,6 +85,7 @@ struct SlimContainerStatus {
     name: String,
     #[serde(rename = "imageID")]
     image_id: String,
+    image: String,
     state: SlimState,
 }
 
@@ -177,6 +178,7 @@ fn views(kind: &str, specs: &[SlimContainer], statuses: &[SlimContainerStatus]) 
             waiting_reason: waiting.reason,
             waiting_message: waiting.message,
             running_id: if status.state.running.is_some() { status.image_id } else { String::new() },
+            running_image: status.image,
         }
     };
     specs.iter().map(view).collect()
@@ -271,7 +273,7 @@ mod tests {
                 "containerStatuses": [
                     {"name": "web", "restartCount": 3, "state": waiting_for("r.test/model:1"),
                         "imageID": format!("r.test/x@{digest}")},
-                    {"name": "ok", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}},
+                    {"name": "ok", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}, "image": "r.test/ok:1",
                         "imageID": format!("r.test/ok@{digest}")}],
                 "ephemeralContainerStatuses": [{"name": "debug", "state": {"waiting":
                     {"reason": "ErrImageNeverPull", "message": "m"}}}]}

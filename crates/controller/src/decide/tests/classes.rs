@@ -67,11 +67,70 @@ fn a_failure_that_becomes_another_is_judged_anew() {
 fn a_missing_pull_secret_counts_while_kubelet_says_so() {
     let mut bench = Bench::new();
     bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
-    bench.on(Event::SecretMissing { uid: "uid-p".into(), at: bench.now });
+    let says =
+        |namespace: &str, at| Event::SecretMissing { namespace: namespace.into(), uid: "uid-p".into(), at };
+    bench.on(says("work", bench.now));
+    bench.on(says("shop", after(bench.now, 1_000_000)));
     of_class(&mut bench, Class::Refused);
     let notes = told(&bench.decide(), names::event::IMAGE_NOT_ACTIONABLE);
     assert!(notes[0].contains("SecretMissing"), "{notes:?}");
-    assert_eq!(created(&bench.pass(601)).len(), 1, "it said so no more");
+    assert_eq!(created(&bench.pass(601)).len(), 1, "it said so no more, and a time to come is now");
+}
+
+#[test]
+fn what_another_namespace_says_of_a_pods_secrets_does_not_count() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    for n in 0..2000 {
+        let uid: Arc<str> = if n == 0 { "uid-p".into() } else { format!("made-up-{n}").into() };
+        bench.on(Event::SecretMissing { namespace: "work".into(), uid, at: bench.now });
+    }
+    of_class(&mut bench, Class::Refused);
+    assert_eq!(created(&bench.decide()).len(), 1);
+    bench.on(Event::SecretMissing { namespace: "shop".into(), uid: "uid-q".into(), at: bench.now });
+    bench.waits_in("shop", "q", "c", "r.test/x:1", |pod| pod.waits[0].class = Class::Refused);
+    assert_eq!(created(&bench.decide()).len(), 0, "its own does, however much the other says");
+}
+
+#[test]
+fn a_job_that_still_waits_goes_when_its_pod_may_no_longer_have_it() {
+    let opted_out = |bench: &mut Bench| {
+        bench.waits_in("shop", "p", "b", "r.test/x:1", |pod| pod.says = Some(false));
+    };
+    let refused = |bench: &mut Bench| of_class(bench, Class::Denied);
+    let still = |bench: &mut Bench| of_class(bench, Class::Timeout);
+    let changes: [(&dyn Fn(&mut Bench), bool); 3] = [(&opted_out, true), (&refused, true), (&still, false)];
+    for (change, goes) in changes {
+        let mut bench = Bench::under(|policy| policy.limits.cluster = 0);
+        bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+        of_class(&mut bench, Class::Refused);
+        assert_eq!(created(&bench.decide()).len(), 1);
+        change(&mut bench);
+        let mut actions = bench.pass(1);
+        actions.extend(bench.pass(30));
+        assert_eq!(deleted(&actions), goes, "{:?}", bench.reason("job-1"));
+    }
+}
+
+#[test]
+fn no_job_gives_a_tag_to_a_digest_that_nobody_knows_by_its_repository() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["evil.test/x:1"], true), image(2, &["r.test/x:1"], true)]);
+    let spec = |image: &str, n: u8| json!({"image": image, "digest": digest(n).as_str(), "nodeName": "b"});
+    let planted = bench.job("planted", spec("r.test/x:2", 1), true);
+    let another_tag = bench.job("another-tag", spec("r.test/x:2", 2), false);
+    let by_digest = format!("r.test/y@{}", digest(1));
+    let pinned = bench.job("pinned", json!({"image": by_digest, "nodeName": "c"}), false);
+    bench.decide();
+    assert_eq!(bench.reason(&planted), (Phase::Pending, "DigestUnproven".into()));
+    assert!(
+        bench.message(&planted).contains(&format!("r.test/x@{}", digest(1))),
+        "{}",
+        bench.message(&planted)
+    );
+    for uid in [&another_tag, &pinned] {
+        assert_eq!(bench.reason(uid).0, Phase::Transferring, "{uid}");
+    }
 }
 
 #[test]

@@ -167,7 +167,7 @@ fn what_earlier_attempts_moved_counts() {
     let transfer = status.transfer.unwrap();
     assert_eq!((transfer.transferred_bytes, transfer.reused_bytes), (5, 0));
     assert_eq!(status.source_nodes, ["a", "c"]);
-    assert!(crate::salvage::status::message(status).ends_with("moved from a, c"), "{status:?}");
+    assert!(crate::salvage::status::message(status).contains("moved from a, c"), "{status:?}");
 }
 
 #[test]

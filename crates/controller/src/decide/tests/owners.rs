@@ -205,3 +205,13 @@ fn a_job_by_tag_says_why_its_digest_is_the_one() {
     bench.decide();
     assert_eq!(resolved(&bench), expected, "also when it is done");
 }
+
+#[test]
+fn a_namespace_that_opts_in_later_acts_on_pods_that_wait() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    bench.waits_in("work", "p", "b", "r.test/x:1", |_| {});
+    assert_eq!(bench.decide(), []);
+    bench.on(Event::Namespace { name: "work".into(), consent: Some(Consent::Given) });
+    assert!(!created(&bench.decide()).is_empty());
+}

@@ -110,7 +110,7 @@ fn a_message_is_bounded_and_what_a_pull_failed_of_is_remembered() {
     let mut backing_off = pod("ImagePullBackOff");
     backing_off.containers[1].waiting_message = "Back-off pulling image \"r.test/web:v1\"".into();
     let first = || waiting(&backing_off).unwrap().waits.remove(0);
-    assert_eq!((first().last_pull_error, first().class), (None, Class::Unknown));
+    assert_eq!((first().last_pull_error, first().class), (None, Class::CauseUnseen));
     let now = first().remembering(&before);
     assert_eq!((now.last_pull_error, now.class), (before.waits[0].last_pull_error.clone(), Class::Refused));
     let other = Wait { image: "r.test/web:v2".into(), ..first() }.remembering(&before);
@@ -187,11 +187,15 @@ fn what_runs_is_known_by_a_repositorys_digest_alone() {
         let mut pod = pod("");
         pod.controller = Some("rs".into());
         pod.containers[1].running_id.clone_from(&id);
+        pod.containers[1].running_image = "r.test/web:v1".into();
         let expected = known.then(|| Runs {
             namespace: "shop".into(),
             controller: Some("rs".into()),
             images: vec![("r.test/web:v1".into(), digest.clone())],
         });
         assert_eq!(runs(&pod), expected, "{id}");
+        // Spec was changed in place: what still runs is not what the new tag means.
+        pod.containers[1].running_image = "r.test/web:v0".into();
+        assert_eq!(runs(&pod), None, "{id}");
     }
 }
