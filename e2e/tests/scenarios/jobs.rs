@@ -24,6 +24,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("job_by_hand", "n1", "n3", by_hand),
         Scenario::new("job_for_no_node", "n1", "n2", no_node),
         Scenario::new("job_for_an_unknown_digest", "n1", "n2", unknown_digest),
+        Scenario::new("job_plants_no_tag", "n1", "n2", plants_no_tag),
         Scenario::new("jobs_refused", "n1", "n2", refused),
         Scenario::new("job_outside_opted_in_namespaces", "n1", "n2", not_opted_in),
         Scenario::new("job_in_a_denied_namespace", "n1", "n2", denied),
@@ -103,6 +104,19 @@ async fn unknown_digest(play: Play) -> Result<()> {
     let message = pending(&play.tenant, "nowhere", "NoSource").await?;
     ensure!(message.contains("abab"), "{message}");
     untouched(&play.tenant, "nowhere").await
+}
+
+/// A digest that a node holds under another repository's name gets no tag of this one, but is to be had by itself.
+async fn plants_no_tag(play: Play) -> Result<()> {
+    let image = play.image("tiny")?;
+    let (_, pinned) = play.push(&image).await?;
+    play.pull_on_source(&pinned).await?;
+    let planted = json!({ "image": "registry.test/nginx:1.29", "digest": image.digest(), "nodeName": "n2" });
+    play.tenant.declare("planted", planted).await?;
+    let message = pending(&play.tenant, "planted", "DigestUnproven").await?;
+    ensure!(message.contains(&format!("registry.test/nginx@{}", image.digest())), "{message}");
+    untouched(&play.tenant, "planted").await?;
+    inspect::assert_gone(play.target()?, &image)
 }
 
 /// The API server says what is wrong.

@@ -19,7 +19,7 @@ impl State {
     /// Says so, once.
     pub(super) fn corrupt(&mut self, entry: &mut PodEntry, wait: &Wait) {
         let note = format!(
-            "{} stands on node {}, but blobs of it are missing or damaged there, so that it neither starts nor is pulled. \
+            "{} stands on node {}, but blobs of it are missing there, so that it neither starts nor is pulled. \
              It is repaired from other nodes if one holds it. See to the node's disk, and to what deletes from containerd's \
              store. The runtime says: {}",
             wait.image, entry.pod.node, wait.message
