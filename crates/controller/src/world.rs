@@ -54,7 +54,7 @@ pub struct World {
 impl World {
     /// An empty world.
     pub fn new(enabled: bool, images: Images, tags: TagPolicy, access: access::Policy) -> Self {
-        Self { enabled, images, tags, access, ..Self::default() }
+        Self { enabled, images, access, tags, ..Self::default() }
     }
 
     /// Why the operator's patterns do not let an image be salvaged; `None` if they do.

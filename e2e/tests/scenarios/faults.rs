@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
 use kube::api::{DeleteParams, ListParams};
+use kube::{Api, ResourceExt as _};
 use serde_json::json;
 use tote_api::{Phase, SalvageJob};
 use tote_e2e::cluster::Node;
@@ -142,7 +142,11 @@ async fn leader(play: &Play) -> Result<Option<String>> {
 }
 
 /// The kill switch ends what runs, though a new controller finds it; released, the job goes on.
+/// What runs ends, and what begins to wait meanwhile is seen to when it is lifted.
 async fn switched_off(play: Play) -> Result<()> {
+    let (_, pinned) = play.push(&play.image("tiny")?).await?;
+    play.pull_on_source(&pinned).await?;
+    play.registry.stop()?;
     half_way(&play).await?;
     let chart = operator::checkout().join("charts/tote").display().to_string();
     let mut helm = play.cluster().helm(&["upgrade", "tote", &chart, "-n", operator::NAMESPACE])?;
@@ -151,11 +155,18 @@ async fn switched_off(play: Play) -> Result<()> {
     let off = |job: &SalvageJob| imported_reason(job).0 == "Disabled";
     let outcome = async {
         play.tenant.until_job("that is Disabled", SOON, off).await?;
-        play.assert_nothing_unfinished(&play.big().await?.image).await
+        play.assert_nothing_unfinished(&play.big().await?.image).await?;
+        play.start_on_target("later", &pinned).await?;
+        play.tenant.failing("later", &["ErrImagePull", "ImagePullBackOff"], SOON).await
     };
     let outcome = outcome.await;
+    let jobs = play.tenant.jobs().list(&ListParams::default()).await?.items.len();
     play.install_operator()?;
     outcome?;
+    ensure!(jobs == 1, "{jobs} jobs while it was switched off");
+    play.tenant.running("later", SOON).await?;
+    let is_big = |job: &SalvageJob| job.name_any() == "big" && phase(job) == Some(Phase::Imported);
+    play.tenant.until_job("big that is Imported", LONG, is_big).await?;
     ends_well(&play).await.map(drop)
 }
 

@@ -37,8 +37,8 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Listens until the process ends.
-    pub async fn start(listener: tokio::net::TcpListener) -> Result<Self> {
+    /// Listens until the process ends. To be called within a runtime.
+    pub fn start(listener: tokio::net::TcpListener) -> Result<Self> {
         let receiver = Self { address: listener.local_addr()?, told: Arc::default() };
         let app = Router::new().route("/hook", post(take)).with_state(receiver.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });

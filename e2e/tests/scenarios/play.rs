@@ -119,7 +119,10 @@ impl Play {
     async fn assert_told(&self, image: &Image) -> Result<()> {
         self.tenant.event("waiting", names::event::IMAGE_SALVAGEABLE, SOON).await?;
         self.tenant.event("waiting", names::event::IMAGE_SALVAGED, SOON).await?;
-        let job = self.tenant.imported(SOON).await?.name_any();
+        let job = self.tenant.imported(SOON).await?;
+        let kept = (job.spec.ttl_seconds_after_finished, job.spec.pending_deadline_seconds);
+        ensure!(kept == (Some(168 * 3600), Some(3600)), "TTL and deadline of a job of detection: {kept:?}");
+        let job = job.name_any();
         for reason in ["Transferring", "Imported"] {
             self.tenant.event(&job, reason, SOON).await?;
         }

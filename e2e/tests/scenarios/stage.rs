@@ -166,7 +166,7 @@ impl Stage {
         let cluster = Cluster::up(&Options::new(CLUSTER), &|line| println!("{line}"))?;
         let listening = runtime.block_on(async {
             let listener = tokio::net::TcpListener::bind((cluster.registry_address(), 0)).await?;
-            Receiver::start(listener).await
+            Receiver::start(listener)
         })?;
         let _ = RECEIVER.set(listening);
         println!("installing the operator");

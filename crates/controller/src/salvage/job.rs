@@ -199,15 +199,16 @@ impl Job {
     /// Whether one of the nodes that hold its image now did not when it failed.
     pub fn has_new_source(&self, sources: &[NodeName]) -> bool {
         // With so many that are known one more makes no difference.
-        sources.len() <= MAX_HELD_BY
-            && sources.iter().any(|source| match &self.held_by {
-                Some(known) => !known.contains(source),
-                // One that moved nothing named nobody.
-                None => {
-                    let named = &self.status.source_nodes;
-                    !named.is_empty() && !named.iter().any(|known| **known == **source)
-                }
-            })
+        sources.len() <= MAX_HELD_BY && sources.iter().any(|source| self.is_new(source))
+    }
+
+    fn is_new(&self, source: &NodeName) -> bool {
+        if let Some(known) = &self.held_by {
+            return !known.contains(source);
+        }
+        // One that moved nothing named nobody.
+        let named = &self.status.source_nodes;
+        !named.is_empty() && !named.iter().any(|known| **known == **source)
     }
 
     /// Opaque name of the transfer, for the agent: the same for every attempt, so that what a failed one got

@@ -113,6 +113,11 @@ fn a_node_without_a_session_says_nothing() {
     assert_eq!(f.images(), 0);
 }
 
+/// All records of an image, under whatever digest.
+fn records_of<'a>(f: &'a Inventory, asked: &Digest) -> Vec<&'a Pulled> {
+    f.image_ids(asked, None).into_iter().flat_map(|id| f.records(id)).collect()
+}
+
 #[test]
 fn kubelets_records_are_found_under_whatever_digest_a_node_has_the_image() {
     let record = |namespace: &str| {
@@ -126,28 +131,25 @@ fn kubelets_records_are_found_under_whatever_digest_a_node_has_the_image() {
         image.manifests[0].pulled = record.cloned();
         image
     };
-    fn of(f: &Inventory, asked: Digest) -> Vec<&Pulled> {
-        f.image_ids(&asked, None).into_iter().flat_map(|id| f.records(id)).collect()
-    }
     let (one, other) = (record("shop"), record("work"));
     let mut f = fleet(&["a", "b", "c"]);
     f.upsert(&"a".into(), recorded(1, &["r/x:1"], None));
-    assert_eq!(of(&f, digest(1)), Vec::<&Pulled>::new());
+    assert_eq!(records_of(&f, &digest(1)), Vec::<&Pulled>::new());
     f.upsert(&"b".into(), recorded(2, &["r/y:1"], Some(&one)));
     f.upsert(&"b".into(), recorded(3, &["r/z:1"], Some(&one)));
     f.upsert(&"c".into(), recorded(1, &["r/x:1"], Some(&other)));
     for asked in [digest(1), digest(101), digest(2)] {
-        assert_eq!(of(&f, asked.clone()), [&*one, &*other], "{asked}");
+        assert_eq!(records_of(&f, &asked), [&*one, &*other], "{asked}");
     }
-    assert_eq!(of(&f, digest(9)), Vec::<&Pulled>::new());
+    assert_eq!(records_of(&f, &digest(9)), Vec::<&Pulled>::new());
     f.remove(&"b".into(), &digest(2));
-    assert_eq!(of(&f, digest(1)), [&*one, &*other], "b has it under another digest still");
+    assert_eq!(records_of(&f, &digest(1)), [&*one, &*other], "b has it under another digest still");
     f.down(&"b".into());
-    assert_eq!(of(&f, digest(1)), [&*one, &*other], "b is away for a moment");
+    assert_eq!(records_of(&f, &digest(1)), [&*one, &*other], "b is away for a moment");
     f.upsert(&"c".into(), recorded(1, &["r/x:1"], None));
-    assert_eq!(of(&f, digest(1)), [&*one]);
+    assert_eq!(records_of(&f, &digest(1)), [&*one]);
     f.up(&"b".into(), String::new(), Platform::new("linux", "amd64", ""), String::new(), PullRecords::Kept);
-    assert_eq!(of(&f, digest(1)), Vec::<&Pulled>::new(), "b is back and says otherwise");
+    assert_eq!(records_of(&f, &digest(1)), Vec::<&Pulled>::new(), "b is back and says otherwise");
     f.upsert(&"b".into(), recorded(2, &["r/y:1"], Some(&one)));
     f.down(&"b".into());
     f.forget_all_but(|_| false);

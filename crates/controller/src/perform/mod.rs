@@ -1,53 +1,33 @@
 //! The one place where the controller acts on the world. Nothing is decided here.
 
+mod calls;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{ObjectReference, Pod};
-use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::Patch;
 use kube::runtime::events::{Event as Told, EventType, Recorder, Reporter};
 use kube::{Api, Client};
-use serde_json::{Value, json};
-use thiserror::Error;
+use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::timeout;
-use tote_api::{SalvageJob, SalvageJobSpec, SalvageJobStatus, names};
+use tote_api::names;
+use tote_image::Digest;
 use tote_rpc::v1;
 
-use crate::decide::{About, Action, CreateAnswer, Event, NewJob, Question, version};
-use crate::fleet::{Agents, Grants};
+use crate::decide::{About, Action, Event, Question};
+use crate::fleet::{Agents, Grants, NodeName};
 use crate::http::Health;
 use crate::lookup::Upstream;
 use crate::notify::Notifier;
 use crate::transfer;
-
-/// How long one call of the API server may take.
-const CALL: Duration = Duration::from_secs(10);
+use calls::{create, delete, limited, object, parameters, write_status};
 
 /// Calls of the API server at once, of each of the two kinds. The API server serves one account's requests in turn (API
 /// Priority and Fairness), the renewal of the Lease among them: what is in front of that should be little.
 const CALLS_AT_ONCE: usize = 8;
-
-/// A job of detection is kept for a week after its end, and waits for an hour at most, in seconds.
-const TTL: i64 = 168 * 3600;
-const PENDING_DEADLINE: i64 = 3600;
-
-/// Why a call had no effect.
-#[derive(Debug, Error)]
-enum CallError {
-    #[error(transparent)]
-    Kube(#[from] kube::Error),
-    #[error("the API server did not answer within {CALL:?}")]
-    Deadline,
-}
-
-impl CallError {
-    fn is_gone(&self) -> bool {
-        matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict())
-    }
-}
 
 /// Performs actions, each in a task of its own; what comes of it comes back as events.
 pub struct Performer {
@@ -114,10 +94,7 @@ impl Performer {
                     notifier.notify(*notification);
                 }
             }
-            Action::RemoveImage { node, digest } => {
-                let request = v1::RemoveRequest { term: Some(self.term.clone()), digest: digest.to_string() };
-                self.tasks.spawn(transfer::remove(self.agents.client(&node), node, request));
-            }
+            Action::RemoveImage { node, digest } => self.remove(node, &digest),
             Action::LookUp(question) => self.look_up(question),
             Action::Import { uid, stream, node, transfer_id, reference, digest, sources, pulled } => {
                 let sources = sources
@@ -192,26 +169,31 @@ impl Performer {
                 self.wake(&namespace, name, uid, &annotations);
             }
             Action::Tell { about, warning, reason, action, note } => {
-                let recorder = self.recorder.clone();
-                self.call(&calls, async move {
-                    let (name, text) = (about.name.clone(), note.clone());
-                    let event = Told {
-                        type_: if warning { EventType::Warning } else { EventType::Normal },
-                        reason: reason.clone(),
-                        note: Some(note),
-                        action: action.to_owned(),
-                        secondary: None,
-                    };
-                    tracing::info!(namespace = %about.namespace, object = %name, reason, note = text, "event");
-                    let object = object(about);
-                    if let Err(error) = limited(recorder.publish(&event, &object)).await
-                        && !error.is_gone()
-                    {
-                        tracing::warn!(object = %name, reason, %error, "cannot write an event");
-                    }
-                });
+                self.tell(about, warning, reason, action, note);
             }
         }
+    }
+
+    fn tell(&mut self, about: About, warning: bool, reason: String, action: &'static str, note: String) {
+        let recorder = self.recorder.clone();
+        let calls = self.calls.clone();
+        self.call(&calls, async move {
+            let (name, text) = (about.name.clone(), note.clone());
+            let event = Told {
+                type_: if warning { EventType::Warning } else { EventType::Normal },
+                reason: reason.clone(),
+                note: Some(note),
+                action: action.to_owned(),
+                secondary: None,
+            };
+            tracing::info!(namespace = %about.namespace, object = %name, reason, note = text, "event");
+            let object = object(about);
+            if let Err(error) = limited(recorder.publish(&event, &object)).await
+                && !error.is_gone()
+            {
+                tracing::warn!(object = %name, reason, %error, "cannot write an event");
+            }
+        });
     }
 
     /// Asks a registry; how many at once is bounded there.
@@ -261,6 +243,11 @@ impl Performer {
         self.wakes.insert(uid, handle);
     }
 
+    fn remove(&mut self, node: NodeName, digest: &Digest) {
+        let request = v1::RemoveRequest { term: Some(self.term.clone()), digest: digest.to_string() };
+        self.tasks.spawn(transfer::remove(self.agents.client(&node), node, request));
+    }
+
     fn detach(&mut self, uid: &str) {
         if let Some(stream) = self.streams.remove(uid) {
             stream.abort();
@@ -277,115 +264,5 @@ impl Performer {
             let _permit = calls.acquire_owned().await;
             effect.await;
         })
-    }
-}
-
-async fn limited<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, CallError> {
-    Ok(timeout(CALL, call).await.map_err(|_| CallError::Deadline)??)
-}
-
-fn parameters() -> PatchParams {
-    PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() }
-}
-
-async fn create(api: Api<SalvageJob>, new: NewJob, events: mpsc::Sender<Event>) {
-    let spec = SalvageJobSpec {
-        image: new.image.to_string(),
-        digest: Some(new.digest.to_string()),
-        node_name: new.node.to_string(),
-        pending_deadline_seconds: Some(PENDING_DEADLINE),
-        ttl_seconds_after_finished: Some(TTL),
-        ..SalvageJobSpec::default()
-    };
-    let mut job = SalvageJob::new(&new.name, spec);
-    let labels = [(names::MANAGED_BY.to_owned(), names::MANAGER.to_owned())];
-    job.metadata =
-        ObjectMeta { name: Some(new.name.clone()), labels: Some(labels.into()), ..ObjectMeta::default() };
-    let parameters = PostParams { field_manager: Some(names::MANAGER.to_owned()), ..PostParams::default() };
-    let answer = match limited(api.create(&parameters, &job)).await {
-        Ok(made) => {
-            tracing::info!(namespace = %new.namespace, job = new.name, image = %new.image, node = %new.node, "job made");
-            let _ = events.send(Event::JobAnswered(Box::new(made))).await;
-            CreateAnswer::Made
-        }
-        Err(CallError::Kube(kube::Error::Api(status))) if status.is_already_exists() => {
-            match limited(api.get(&new.name)).await {
-                Ok(known) => {
-                    tracing::info!(namespace = %new.namespace, job = new.name, image = known.spec.image,
-                        node = known.spec.node_name, "a job of this name exists");
-                    let _ = events.send(Event::JobAnswered(Box::new(known))).await;
-                    CreateAnswer::Taken(new.number)
-                }
-                Err(error) => CreateAnswer::Refused(error.to_string()),
-            }
-        }
-        Err(error) => {
-            tracing::warn!(namespace = %new.namespace, job = new.name, %error, "cannot make a job");
-            CreateAnswer::Refused(error.to_string())
-        }
-    };
-    let _ = events.send(Event::Created { base: new.base, answer }).await;
-}
-
-async fn delete(api: Api<SalvageJob>, name: Arc<str>, uid: Arc<str>, events: mpsc::Sender<Event>) {
-    let preconditions = Preconditions { uid: Some(uid.to_string()), resource_version: None };
-    let parameters = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-    match limited(api.delete(&name, &parameters)).await {
-        Ok(_) => tracing::info!(job = %name, "job deleted"),
-        Err(error) if error.is_gone() => {}
-        Err(error) => {
-            tracing::warn!(job = %name, %error, "cannot delete a job");
-            let _ = events.send(Event::DeleteFailed { uid }).await;
-        }
-    }
-}
-
-async fn write_status(
-    api: &Api<SalvageJob>,
-    name: &str,
-    uid: &str,
-    before: &SalvageJobStatus,
-    status: &SalvageJobStatus,
-) -> Result<u64, CallError> {
-    let patch = json!({"metadata": {"uid": uid}, "status": merge(before, status)});
-    let written = limited(api.patch_status(name, &parameters(), &Patch::Merge(patch))).await?;
-    Ok(version(&written.metadata))
-}
-
-/// The merge patch (RFC 7386) from one status to the other: what went is null.
-fn merge(before: &SalvageJobStatus, status: &SalvageJobStatus) -> Value {
-    let value = |status| serde_json::to_value(status).unwrap_or_default();
-    let mut patch = value(status);
-    if let (Value::Object(patch), Value::Object(before)) = (&mut patch, value(before)) {
-        for field in before.keys() {
-            patch.entry(field.clone()).or_insert(Value::Null);
-        }
-    }
-    patch
-}
-
-fn object(about: About) -> ObjectReference {
-    ObjectReference {
-        api_version: Some(if about.kind == "SalvageJob" { "tote.dev/v1alpha1" } else { "v1" }.to_owned()),
-        kind: Some(about.kind.to_owned()),
-        // Events about what is in no namespace are kept in `default`.
-        namespace: (!about.namespace.is_empty()).then(|| about.namespace.to_string()),
-        name: Some(about.name.to_string()),
-        uid: Some(about.uid.to_string()),
-        field_path: (!about.field_path.is_empty()).then_some(about.field_path),
-        resource_version: None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_status_patch_takes_away_what_went() {
-        let before =
-            SalvageJobStatus { digest: Some("d".into()), attempts: 2, ..SalvageJobStatus::default() };
-        let after = SalvageJobStatus { attempts: 3, ..SalvageJobStatus::default() };
-        assert_eq!(merge(&before, &after), json!({"digest": null, "attempts": 3}));
     }
 }
