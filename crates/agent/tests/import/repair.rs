@@ -54,12 +54,12 @@ async fn what_is_being_repaired_is_left_alone() {
     let image = image();
     let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
     image.pull_into(&target, NAME);
-    let layer = &image.layers[0].digest;
-    target.remove_blob(layer);
-    peer.trick(layer, Trick::Hang);
+    let config = &image.config.digest;
+    target.remove_blob(config);
+    peer.trick(config, Trick::Hang);
     let agent = agent(&target);
     let _attached = agent.attach(request("repair", NAME, &image, &[&peer])).unwrap();
-    eventually("it asks for the layer", async || peer.asked(layer) > 0).await;
+    eventually("it asks for the config", async || peer.asked(config) > 0).await;
     let refused = remove(&agent, &image.target.digest).await;
     assert!(matches!(refused, Err(RemoveError::Moving(_))), "{refused:?}");
     assert!(target.image(NAME).await.unwrap().is_some());
