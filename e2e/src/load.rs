@@ -28,8 +28,8 @@ use crate::registry::{self, Control as _, Registry};
 use crate::tenant::{PodShape, Tenant, phase};
 use audit::Mark;
 
-/// Images that are needed where they are not; as many others are everywhere.
-const IMAGES: usize = 30;
+/// Of the goal: images that are needed where they are not, as many others being everywhere. They make 300 pods.
+pub const IMAGES: usize = 30;
 
 /// Pods of an image on each node that needs it. That is two of three: the third is where it was pulled.
 const PODS: usize = 5;
@@ -53,11 +53,11 @@ struct Pushed {
 }
 
 /// Makes a cluster of this name, has the pods run with their images in place, then with all of them missing, then with
-/// those in place that were brought. Tells what it is about to do. The cluster stays.
+/// those in place that were brought. There are as many `images`, and ten pods of each. Tells what it is about to do. The cluster stays.
 ///
 /// # Errors
 /// The cluster or the operator does not come up, or some pod does not run.
-pub async fn run(name: &str, say: impl Fn(&str)) -> Result<Report> {
+pub async fn run(name: &str, images: usize, say: impl Fn(&str)) -> Result<Report> {
     let cluster = block_in_place(|| {
         let cluster = Cluster::up(&Options::crowded(name, CONTROLLER), &|line| println!("{line}"))?;
         cluster.load_image(&operator::archive()?)?;
@@ -71,8 +71,8 @@ pub async fn run(name: &str, say: impl Fn(&str)) -> Result<Report> {
     cluster.trust_registry(registry.upstream().name())?;
 
     let layout = Layout::temporary()?;
-    let there = push(&cluster, &registry, &layout, "there").await?;
-    let missing = push(&cluster, &registry, &layout, "missing").await?;
+    let there = push(&cluster, &registry, &layout, ("there", images)).await?;
+    let missing = push(&cluster, &registry, &layout, ("missing", images)).await?;
     say("pulling the images");
     let everywhere = there.iter().flat_map(|one| cluster.nodes().iter().map(move |node| (one, node.name())));
     let once = missing.iter().map(|one| (one, one.source.as_str()));
@@ -122,7 +122,7 @@ pub async fn run(name: &str, say: impl Fn(&str)) -> Result<Report> {
         }
     }
     Ok(Report {
-        pods: IMAGES * PODS * (cluster.nodes().len() - 1),
+        pods: images * PODS * (cluster.nodes().len() - 1),
         before,
         load,
         after,
@@ -139,9 +139,14 @@ pub async fn run(name: &str, say: impl Fn(&str)) -> Result<Report> {
 }
 
 /// Images unlike each other and those of any other run; every second one goes by its tag.
-async fn push(cluster: &Cluster, registry: &Registry, layout: &Layout, kind: &str) -> Result<Vec<Pushed>> {
+async fn push(
+    cluster: &Cluster,
+    registry: &Registry,
+    layout: &Layout,
+    (kind, images): (&str, usize),
+) -> Result<Vec<Pushed>> {
     let mut all = Vec::new();
-    for n in 0..IMAGES {
+    for n in 0..images {
         let image = tiny(layout, &format!("load {kind} {n} {}", std::process::id()))?;
         let repository = format!("{kind}-{n}");
         let pinned = registry.upstream().push(&image, &repository, Some("v1")).await?;

@@ -90,7 +90,7 @@ async fn measure(arguments: Arguments) -> Result<()> {
         block_in_place(|| Cluster::down(CLUSTER))?;
     }
     if is_wanted(Part::Load) {
-        let report = load::run(CLUSTER, |what| println!("{what}")).await?;
+        let report = load::run(CLUSTER, load::IMAGES, |what| println!("{what}")).await?;
         println!("\n{report}");
         report.check()?;
         block_in_place(|| Cluster::down(CLUSTER))?;
