@@ -19,6 +19,9 @@ use crate::salvage::{Source, after};
 /// For how many seconds an agent is waited for before the fleet is judged without it.
 const SETTLE_SECONDS: i64 = 10;
 
+/// For how many seconds a registry's word stands for what a tag may mean: as long as a job of detection may be Pending.
+const VOUCHED_SECONDS: i64 = 3600;
+
 /// Namespaces, nodes, what the nodes hold, and what is known of pods beside those that wait.
 #[derive(Debug, Default)]
 pub struct World {
@@ -40,6 +43,8 @@ pub struct World {
     pub owners: Owners,
     /// What runs.
     pub running: Running,
+    /// What registries said that references mean, and when; one for each look-up that was acted on.
+    vouched: HashMap<(Reference, Digest), Timestamp>,
     /// When it was first asked.
     asked: Option<Timestamp>,
     /// Since when the set of agents is known.
@@ -90,12 +95,23 @@ impl World {
         self.fleet.image_ids(digest, platform).into_iter().flat_map(|id| self.fleet.records(id)).collect()
     }
 
-    /// Whether a node knows a digest by a name of the reference's repository.
-    pub fn is_of_repository(&self, reference: &Reference, digest: &Digest) -> bool {
+    /// The registry has just said that a reference means this.
+    pub fn vouch(&mut self, reference: &Reference, digest: &Digest, now: Timestamp) {
+        self.vouched.insert((reference.clone(), digest.clone()), now);
+    }
+
+    /// To be called before decisions: what registries said does not hold for ever.
+    pub fn forget_vouched(&mut self, now: Timestamp) {
+        self.vouched.retain(|_, said| after(*said, VOUCHED_SECONDS) > now);
+    }
+
+    /// Whether a tag may mean a digest: a node knows that by a name of the repository, or the registry has said so.
+    pub fn may_mean(&self, reference: &Reference, digest: &Digest) -> bool {
         let names = self.fleet.names_of(digest);
-        names.iter().any(|name| {
-            name.parse::<Reference>().is_ok_and(|known| known.repository() == reference.repository())
-        })
+        self.vouched.contains_key(&(reference.clone(), digest.clone()))
+            || names.iter().any(|name| {
+                name.parse::<Reference>().is_ok_and(|known| known.repository() == reference.repository())
+            })
     }
 
     /// What a namespace says; one that is not known is gone.

@@ -174,7 +174,6 @@ impl State {
         job.generation = generation;
         job.terminating = terminating;
         job.automatic = automatic;
-        job.vouched = self.vouched.contains(&(job.namespace.clone(), job.name.to_string()));
         if let Ok(wanted) = &job.wanted {
             let key = (job.spec.node_name.clone(), wanted.reference.clone());
             self.by_image.entry(key).or_default().insert(uid.clone());
@@ -188,7 +187,6 @@ impl State {
 
     pub(super) fn job_gone(&mut self, uid: &Arc<str>) {
         let Some((job, _)) = self.jobs.remove(uid) else { return };
-        self.vouched.remove(&(job.namespace.clone(), job.name.to_string()));
         if let Ok(wanted) = &job.wanted {
             let key = (job.spec.node_name.clone(), wanted.reference.clone());
             if let Some(uids) = self.by_image.get_mut(&key) {

@@ -171,6 +171,7 @@ impl State {
                 self.lookups.ask(question, now, again, &mut self.actions);
             }
             Resolution::Found { digest, sources, on_target, .. } => {
+                self.world.vouch(reference, &digest, now);
                 let found = (&digest, Why::Upstream, &*sources, on_target);
                 self.want(entry, wait, reference, found, now, again);
             }

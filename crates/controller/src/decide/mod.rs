@@ -79,8 +79,6 @@ pub struct State {
     notes: Notes,
     lookups: Lookups,
     secrets: Secrets,
-    /// Namespace and name of jobs that were made by what a registry said.
-    vouched: HashSet<(Arc<str>, String)>,
     /// When an image's records were last removed from a node.
     removed: HashMap<(NodeName, Arc<str>), Timestamp>,
     synced: HashSet<Kind>,
@@ -110,7 +108,6 @@ impl State {
             notes: Notes::default(),
             lookups: Lookups::default(),
             secrets: Secrets::default(),
-            vouched: HashSet::new(),
             removed: HashMap::new(),
             synced: HashSet::new(),
             streams: 0,
@@ -189,6 +186,7 @@ impl State {
             self.secrets.forget(now);
             self.removed.retain(|_, at| after(*at, 600) > now);
             self.world.settle(now);
+            self.world.forget_vouched(now);
             self.decide_pods(now, &mut again);
             self.decide_jobs(now, &mut again);
             self.decide_nodes(now, &mut again);

@@ -196,17 +196,8 @@ impl State {
         let is_open = self
             .jobs_for(&pod.namespace, reference, &pod.node)
             .any(|job| job.is_open() && job.digest().is_none_or(|known| known == *digest));
-        if !is_open {
-            if !self.ask(entry, wait, reference, digest, sources, now, again) {
-                return;
-            }
-            let made = self.actions.iter().rev().find_map(|action| match action {
-                Action::CreateJob(new) => Some((new.namespace.clone(), new.name.clone())),
-                _ => None,
-            });
-            if why == Why::Upstream {
-                self.vouched.extend(made);
-            }
+        if !is_open && !self.ask(entry, wait, reference, digest, sources, now, again) {
+            return;
         }
         let place = if on_target {
             format!("on node {} itself under another name", pod.node)

@@ -45,8 +45,6 @@ pub struct Job {
     pub fresh: bool,
     /// Whether the node's inventory has shown the imported image: from then on it knows better than the job.
     pub confirmed: bool,
-    /// Whether the registry has just told this controller what its tag means, as `spec.digest` says.
-    pub vouched: bool,
     /// Broken streams in a row.
     pub lost: u32,
     /// The sources of its failed attempts: the next one asks others first.
@@ -137,7 +135,6 @@ impl Job {
             status,
             run: Run::Idle,
             confirmed: false,
-            vouched: false,
             lost: 0,
             tried: BTreeSet::new(),
             held_by: None,

@@ -237,9 +237,8 @@ fn look(
                 return Err(Step::Wait { reason: "ImageDenied", message, cancel: true, access: None });
             }
             if wanted.pin.is_some()
-                && !job.vouched
                 && wanted.reference.tag().is_some()
-                && !world.is_of_repository(&wanted.reference, &digest)
+                && !world.may_mean(&wanted.reference, &digest)
             {
                 // Or whoever may write jobs could give any image any name, on any node.
                 let message = format!(

@@ -168,3 +168,28 @@ fn nobody_is_asked_about_what_is_known_or_where_it_is_switched_off() {
     assert_eq!(asked(&actions), []);
     assert_eq!(told(&actions, names::event::IMAGE_NOT_ACTIONABLE).len(), 1);
 }
+
+#[test]
+fn what_a_registry_said_vouches_for_that_and_for_nothing_else() {
+    let mut bench = asking();
+    bench.up("a", vec![image(1, &["elsewhere.test/y:9"], true), image(2, &["evil.test/x:1"], true)]);
+    bench.waits("p", "b", "r.test/x:1");
+    let actions = after_answer(&mut bench, LookupAnswer::Is(digest(1)));
+    let name = created(&actions).remove(0);
+    assert_eq!(imports(&actions).len(), 1);
+    // Whoever makes a job of that very name gets nothing by it.
+    bench.on(Event::JobGone { uid: "job-1".into() });
+    let planted = json!({"image": "r.test/x:1", "digest": digest(2).as_str(), "nodeName": "c"});
+    let planted = bench.job(&name, planted, true);
+    let same = json!({"image": "r.test/x:1", "digest": digest(1).as_str(), "nodeName": "c"});
+    let same = bench.job("by-hand", same, false);
+    bench.decide();
+    assert_eq!(bench.reason(&planted), (Phase::Pending, "DigestUnproven".into()));
+    assert_eq!(bench.reason(&same).0, Phase::Transferring, "the registry said so");
+    bench.on(Event::JobGone { uid: same.as_str().into() });
+    bench.pass(3601);
+    let later = json!({"image": "r.test/x:1", "digest": digest(1).as_str(), "nodeName": "c"});
+    let later = bench.job("later", later, false);
+    bench.decide();
+    assert_eq!(bench.reason(&later), (Phase::Pending, "DigestUnproven".into()), "not for ever");
+}
