@@ -130,7 +130,7 @@ impl Scanner {
                 let id = manifest.config_digest.parse().ok();
                 manifest.pulled = pulls.as_ref().zip(id).and_then(|(pulls, id)| pulls.of(&id));
             }
-            let image = v1::Image {
+            let mut image = v1::Image {
                 target: Some(v1::Descriptor {
                     media_type: target.media_type,
                     digest: digest.to_string(),
@@ -145,7 +145,6 @@ impl Scanner {
             if pulls.as_ref().is_some_and(|pulls| self.waits(&digest, &image, pulls)) {
                 continue;
             }
-            let mut image = image;
             if self.is_unfinished(&digest, &image, pulls.as_deref()) {
                 // Kubelet never came to write down who may have it: then nobody is known to.
                 for manifest in &mut image.manifests {
@@ -155,6 +154,7 @@ impl Scanner {
             self.held.remove(&digest);
             inventory.insert(digest, Arc::new(image));
         }
+        self.unfinished.retain(|digest| inventory.contains_key(digest));
         self.told = inventory.keys().cloned().collect();
         Ok(inventory)
     }

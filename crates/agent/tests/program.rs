@@ -83,9 +83,17 @@ fn without_containerd_it_waits_and_is_not_ready() {
     // Nobody gets anything without TLS, and it is counted.
     let plain = get(control, "/v2/").unwrap_or_default();
     assert!(!plain.contains("HTTP/1.1"), "{plain}");
+    // The connection is closed first, and counted then.
     let refused = "\ntote_agent_refused_total{reason=\"not_tls\"} 1\n";
-    let metrics = get(health, "/metrics").unwrap();
-    assert!(metrics.contains(refused), "{metrics}");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let metrics = get(health, "/metrics").unwrap();
+        if metrics.contains(refused) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{metrics}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let pid = program.0.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
     assert_eq!(program.exit_code(), 0);

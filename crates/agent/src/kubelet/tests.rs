@@ -118,6 +118,12 @@ fn what_cannot_be_read_names_nobody() {
     kubelet.put(id(3).as_str(), &" ".repeat(1 + usize::try_from(MAX_FILE).unwrap()));
     kubelet.put_for(&id(4), r#"{"r.test/a":{"nodePodsAccessible":true}}"#);
     fs::write(kubelet.path(id(5).as_str()).with_extension("tmp"), BROKEN).unwrap();
+    let secret = r#"{"uid":"u","namespace":"n","name":"pull-secret-of-a-tenant","credentialHash":"h"}"#;
+    let secrets: Vec<String> = (0..100).map(|n| secret.replace("tenant", &n.to_string())).collect();
+    let names: Vec<String> = (0..20)
+        .map(|n| format!(r#""r.test/name-{n}":{{"kubernetesSecrets":[{}]}}"#, secrets.join(",")))
+        .collect();
+    kubelet.put_for(&id(7), &format!("{{{}}}", names.join(",")));
     let pulls = kubelet.records().read();
     for n in 1..=3 {
         assert_eq!(pulls.of(&id(n)), Some(PulledRecord::default()), "{n}");
@@ -125,6 +131,7 @@ fn what_cannot_be_read_names_nobody() {
     assert!(pulls.of(&id(4)).unwrap().repositories[0].every_pod);
     assert_eq!(pulls.of(&id(5)), None, "one that is being written");
     assert_eq!(pulls.of(&id(6)), None);
+    assert_eq!(pulls.of(&id(7)), Some(PulledRecord::default()), "one that is too large to be told");
 }
 
 #[test]

@@ -156,14 +156,7 @@ fn the_policy_may_be_not_to_ask() {
 #[test]
 fn a_leader_that_has_just_begun_hears_every_agent_before_it_lets_an_image_move() {
     let mut bench = Bench::cold(true);
-    for kind in Kind::ALL {
-        let seen = match kind {
-            Kind::Namespaces => ["shop", "work", "kube-system"].map(Arc::from).into(),
-            Kind::Nodes => ["a", "b", "c"].map(Arc::from).into(),
-            _ => HashSet::new(),
-        };
-        bench.on(Event::Listed(kind, seen));
-    }
+    bench.list();
     bench.on(Event::Fleet(FleetEvent::Expected(["a".into(), "b".into(), "c".into()].into())));
     bench.up("b", vec![]);
     bench.up("c", vec![image(1, &["r.test/x:1"], true)]);
@@ -172,5 +165,61 @@ fn a_leader_that_has_just_begun_hears_every_agent_before_it_lets_an_image_move()
     assert_eq!(imports(&bench.decide()), [], "a may have a record");
     bench.up("a", vec![private(&["work"])]);
     assert_eq!(imports(&bench.decide()), []);
+    assert_eq!(bench.reason(&uid), (Phase::Pending, "AccessUnproven".into()));
+}
+
+#[test]
+fn where_the_agent_of_a_holder_does_not_tell_nothing_moves() {
+    let mut bench = Bench::new();
+    let amd64 = || Platform::new("linux", "amd64", "");
+    bench.up_as("a", (amd64(), PullRecords::Unspecified), vec![image(1, &["r.test/x:1"], true)]);
+    let uid = bench.job("mine", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    bench.waits("p", "c", "r.test/x:1");
+    let actions = bench.decide();
+    assert_eq!((imports(&actions).len(), created(&actions).len()), (0, 0));
+    assert_eq!(bench.reason(&uid), (Phase::Pending, "AccessUnproven".into()));
+    assert!(bench.message(&uid).contains("does not tell"), "{}", bench.message(&uid));
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    assert_eq!(imports(&bench.decide()).len(), 2, "by now it tells, and nothing restricts it");
+}
+
+#[test]
+fn of_an_index_the_image_for_the_targets_platform_counts() {
+    let of_both = || {
+        let mut both = private(&["shop"]);
+        let mut other = private(&["work"]).manifests.remove(0);
+        (other.digest, other.image_id) = (digest(150), Some(digest(250)));
+        other.platform = Platform::new("linux", "arm64", "");
+        both.manifests.push(other);
+        both
+    };
+    for (architecture, moves) in [("amd64", 1), ("arm64", 0)] {
+        let mut bench = Bench::new();
+        bench.up("a", vec![of_both()]);
+        bench.up_as("b", (Platform::new("linux", architecture, ""), PullRecords::Kept), vec![]);
+        let runs = Runs {
+            namespace: "shop".into(),
+            controller: None,
+            images: vec![("r.test/x:1".into(), digest(1))],
+        };
+        bench.on(Event::Runs { uid: "uid-runs".into(), runs: Some(Box::new(runs)) });
+        bench.job("mine", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+        assert_eq!(
+            imports(&bench.decide()).len(),
+            moves,
+            "{architecture}: a pod that runs the index proves one only"
+        );
+    }
+}
+
+#[test]
+fn what_turns_out_to_be_anothers_is_not_brought_to_its_end() {
+    let mut bench = Bench::new();
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    let uid = bench.job("mine", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    assert_eq!(imports(&bench.decide()).len(), 1);
+    bench.up("c", vec![private(&["work"])]);
+    let actions = bench.decide();
+    assert!(actions.iter().any(|action| matches!(action, Action::Cancel { .. })), "{actions:?}");
     assert_eq!(bench.reason(&uid), (Phase::Pending, "AccessUnproven".into()));
 }

@@ -59,20 +59,25 @@ impl Bench {
     /// The same under another policy.
     fn under(edit: impl Fn(&mut Policy)) -> Self {
         let mut bench = Self::with_policy(edit);
-        for kind in Kind::ALL {
-            let seen = match kind {
-                Kind::Namespaces => ["shop", "work", "kube-system"].map(Arc::from).into(),
-                Kind::Nodes => ["a", "b", "c"].map(Arc::from).into(),
-                _ => HashSet::new(),
-            };
-            bench.on(Event::Listed(kind, seen));
-        }
+        bench.list();
         bench.on(Event::Fleet(FleetEvent::Expected(["a".into(), "b".into(), "c".into()].into())));
         for node in ["a", "b", "c"] {
             bench.up(node, vec![]);
         }
         assert_eq!(bench.decide(), []);
         bench
+    }
+
+    /// Every watch has told all there is.
+    fn list(&mut self) {
+        for kind in Kind::ALL {
+            let seen = match kind {
+                Kind::Namespaces => ["shop", "work", "kube-system"].map(Arc::from).into(),
+                Kind::Nodes => ["a", "b", "c"].map(Arc::from).into(),
+                _ => HashSet::new(),
+            };
+            self.on(Event::Listed(kind, seen));
+        }
     }
 
     fn cold(enabled: bool) -> Self {
@@ -109,12 +114,16 @@ impl Bench {
     }
 
     fn up(&mut self, node: &str, images: Vec<Image>) {
+        self.up_as(node, (Platform::new("linux", "amd64", ""), PullRecords::Kept), images);
+    }
+
+    fn up_as(&mut self, node: &str, (platform, records): (Platform, PullRecords), images: Vec<Image>) {
         self.on(Event::Fleet(FleetEvent::Up {
             node: node.into(),
             address: format!("{node}:9090"),
-            platform: Platform::new("linux", "amd64", ""),
+            platform,
             problem: String::new(),
-            records: PullRecords::Kept,
+            records,
             images,
         }));
     }
