@@ -7,6 +7,7 @@
 //! whoever made it. Must not know what is being tested.
 
 mod api;
+mod build;
 mod cgroup;
 mod control_plane;
 mod files;
@@ -23,15 +24,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 
 pub use files::REGISTRY_HOSTS;
 pub use node::{Node, NodeSpec};
 pub use options::Options;
 
-use crate::images::Layout;
+use crate::host;
 use crate::tools;
-use crate::{host, images};
+use build::each;
 use cgroup::Cgroups;
 use control_plane::ControlPlane;
 use network::Network;
@@ -343,79 +344,6 @@ impl Cluster {
         fs::write(&new, text)?;
         fs::rename(&new, &file).with_context(|| format!("writing {}", file.display()))
     }
-
-    fn build(&self, progress: Progress<'_>) -> Result<()> {
-        let branch = branch(&self.name);
-        self.cgroups.create(&format!("{branch}/control-plane"))?;
-        for node in &self.nodes {
-            self.cgroups.create(&format!("{branch}/{}-daemons", node.name()))?;
-            self.cgroups.create_parent(&node.cgroup_root)?;
-        }
-        self.network.make_bridge()?;
-        control_plane::make_dirs(&self.control_plane.dir)?;
-        let authority = pki::Authority::new(&format!("tote-{}", self.name))?;
-        self.control_plane.write_files(&authority)?;
-        let pause = self.dir.join("pause.tar");
-        images::pause(&Layout::temporary()?)?.write_archive(&pause, crate::containerd::PAUSE)?;
-
-        progress(&format!(
-            "starting Kubernetes {} and {} nodes (cgroup v{}, {})",
-            tools::kubernetes_version(),
-            self.nodes.len(),
-            self.cgroups.version(),
-            self.network.all()
-        ));
-        std::thread::scope(|scope| {
-            let control_plane = scope.spawn(|| {
-                self.control_plane.start()?;
-                progress("the API server answers");
-                Ok::<(), anyhow::Error>(())
-            });
-            let nodes = each(&self.nodes, |node| {
-                node.prepare(&pause)?;
-                progress(&format!("{}: {} answers", node.name(), node.version()));
-                files::write_certificates(node, &authority, &self.control_plane.server())
-            });
-            control_plane.join().map_err(|_| anyhow!("starting the control plane panicked"))?.and(nodes)
-        })?;
-        each(&self.nodes, Node::join)?;
-        self.await_ready(progress)
-    }
-
-    /// Waits until the first pod can be made, on any node.
-    fn await_ready(&self, progress: Progress<'_>) -> Result<()> {
-        let mut last = String::new();
-        host::wait_until("every node is Ready", Duration::from_secs(90), || {
-            for service in self.nodes.iter().flat_map(Node::services) {
-                if service.pid().is_none() {
-                    bail!("{} has ended; {}", service.name, service.last_words());
-                }
-            }
-            let unready = self.unready()?;
-            if let Some(what) = unready.as_ref().filter(|what| **what != last) {
-                progress(what);
-                last.clone_from(what);
-            }
-            Ok(unready.is_none())
-        })?;
-        host::wait_until("every node reaches the API by its service", Duration::from_secs(60), || {
-            Ok(self.nodes.iter().all(Node::reaches_api))
-        })?;
-        progress(&format!("{} nodes are Ready", self.nodes.len()));
-        Ok(())
-    }
-}
-
-/// Does the same for every node, side by side; the first error counts.
-fn each(nodes: &[Node], task: impl Fn(&Node) -> Result<()> + Sync) -> Result<()> {
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = nodes.iter().map(|node| scope.spawn(|| task(node))).collect();
-        let results: Vec<Result<()>> = threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("a thread panicked"))))
-            .collect();
-        results.into_iter().collect()
-    })
 }
 
 /// Removes all that a cluster made; no error if there is nothing.

@@ -9,41 +9,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use tote_image::{Digest, Platform};
-use tote_rpc::v1;
 use tote_rpc::v1::PullRecords;
 
+use super::image::{Holder, Image};
 use crate::access::Pulled;
 
 /// Name of a Node.
 pub type NodeName = Arc<str>;
-
-/// All image records of a node with one target.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Image {
-    /// Digest of the index or manifest that the records point at.
-    pub target: Digest,
-    /// Names of the records.
-    pub names: Vec<Arc<str>>,
-    /// The manifests below (or equal to) the target that the node has.
-    pub manifests: Vec<Manifest>,
-}
-
-/// A platform's manifest on a node.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Manifest {
-    /// Its digest.
-    pub digest: Digest,
-    /// The platform it is for.
-    pub platform: Platform,
-    /// Whether config and layers are all there.
-    pub complete: bool,
-    /// When its config says the image was made, in seconds since 1970; 0 if that is not known.
-    pub created: i64,
-    /// The config's digest: what CRI, and so kubelet, knows the image by.
-    pub image_id: Option<Digest>,
-    /// What the node's kubelet has written down about who may have it.
-    pub pulled: Option<Arc<Pulled>>,
-}
 
 /// A node whose agent has a session.
 #[derive(Clone, Debug)]
@@ -59,17 +31,6 @@ pub struct Node {
     /// Whether its kubelet writes down who may have an image.
     pub records: PullRecords,
     images: HashMap<Digest, Arc<Image>>,
-}
-
-/// How a node holds a digest, as seen by a node of some platform.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Holder {
-    /// With every blob of a manifest that suits the platform.
-    Complete,
-    /// A manifest suits the platform, but blobs are missing.
-    Incomplete,
-    /// No manifest that it has suits the platform.
-    OtherPlatform,
 }
 
 /// The fleet's inventory.
@@ -100,46 +61,6 @@ struct Last {
     digests: Vec<Digest>,
     /// Images of which its kubelet has a record; these stand in `pulled` too.
     recorded: Vec<Arc<Image>>,
-}
-
-impl Image {
-    /// Takes an agent's word for an image; one with a malformed digest is nobody's.
-    pub fn from_wire(image: &v1::Image) -> Option<Self> {
-        let platform = |p: Option<&v1::Platform>| {
-            p.map_or_else(|| Platform::new("", "", ""), |p| Platform::new(&p.os, &p.architecture, &p.variant))
-        };
-        Some(Self {
-            target: image.target.as_ref()?.digest.parse().ok()?,
-            names: image.names.iter().map(|name| name.as_str().into()).collect(),
-            manifests: image
-                .manifests
-                .iter()
-                .filter_map(|m| {
-                    Some(Manifest {
-                        digest: m.digest.parse().ok()?,
-                        platform: platform(m.platform.as_ref()),
-                        complete: m.complete,
-                        created: m.created.max(0),
-                        image_id: m.config_digest.parse().ok(),
-                        pulled: m.pulled.as_ref().map(|record| Arc::new(Pulled::from_wire(record))),
-                    })
-                })
-                .collect(),
-        })
-    }
-
-    fn held(&self, digest: &Digest, platform: Option<&Platform>) -> Holder {
-        self.manifests
-            .iter()
-            .filter(|m| self.target == *digest || m.digest == *digest)
-            .map(|m| match platform {
-                Some(platform) if platform.rank(&m.platform).is_none() => Holder::OtherPlatform,
-                _ if m.complete => Holder::Complete,
-                _ => Holder::Incomplete,
-            })
-            .min()
-            .unwrap_or(Holder::Incomplete)
-    }
 }
 
 impl Inventory {
@@ -174,11 +95,11 @@ impl Inventory {
         let mut meant = Vec::new();
         let (mut held, mut recorded) = (Vec::new(), Vec::new());
         for image in node.images.into_values() {
-            held.extend(digests(&image).filter(|d| image.held(d, None) == Holder::Complete).cloned());
-            if records_of(&image).next().is_some() {
+            held.extend(image.digests().filter(|d| image.held(d, None) == Holder::Complete).cloned());
+            if image.pulled().next().is_some() {
                 recorded.push(image.clone());
             }
-            for record in records(&image) {
+            for record in image.references() {
                 if self.by_name.get(record).and_then(|meanings| meanings.get(name)) == Some(&image.target) {
                     meant.push((record.clone(), image.target.clone()));
                 }
@@ -242,11 +163,11 @@ impl Inventory {
             self.interned.insert(image.clone());
             image
         };
-        for digest in digests(&image) {
+        for digest in image.digests() {
             let holders = self.by_digest.entry(digest.clone()).or_default();
             holders.insert((name.clone(), image.target.clone()));
         }
-        for record in records(&image) {
+        for record in image.references() {
             let meanings = self.by_name.entry(record.clone()).or_default();
             meanings.insert(name.clone(), image.target.clone());
         }
@@ -257,14 +178,14 @@ impl Inventory {
     }
 
     fn index_records(&mut self, name: &NodeName, image: &Image) {
-        for (id, record) in records_of(image) {
+        for (id, record) in image.pulled() {
             let known = self.pulled.entry(id.clone()).or_default();
             known.insert((name.clone(), image.target.clone()), record.clone());
         }
     }
 
     fn unindex_records(&mut self, name: &NodeName, image: &Image) {
-        for (id, _) in records_of(image) {
+        for (id, _) in image.pulled() {
             if let Some(known) = self.pulled.get_mut(id) {
                 known.remove(&(name.clone(), image.target.clone()));
                 if known.is_empty() {
@@ -284,7 +205,7 @@ impl Inventory {
 
     fn unindex(&mut self, name: &NodeName, image: &Arc<Image>) {
         self.unindex_records(name, image);
-        for digest in digests(image) {
+        for digest in image.digests() {
             if let Some(holders) = self.by_digest.get_mut(digest) {
                 holders.remove(&(name.clone(), image.target.clone()));
                 if holders.is_empty() {
@@ -292,7 +213,7 @@ impl Inventory {
                 }
             }
         }
-        for record in records(image) {
+        for record in image.references() {
             if let Some(meanings) = self.by_name.get_mut(record) {
                 // The record may point at another target by now.
                 if meanings.get(name) == Some(&image.target) {
@@ -365,10 +286,7 @@ impl Inventory {
     pub fn created(&self, digest: &Digest, platform: Option<&Platform>) -> Option<i64> {
         let held = self.by_digest.get(digest).into_iter().flatten();
         let images = held.filter_map(|(name, target)| self.nodes.get(name)?.images.get(target));
-        let manifests = images.flat_map(|image| {
-            image.manifests.iter().filter(|m| image.target == *digest || m.digest == *digest)
-        });
-        let suit = manifests.filter(|m| platform.is_none_or(|p| p.rank(&m.platform).is_some()));
+        let suit = images.flat_map(|image| image.suiting(digest, platform));
         suit.map(|m| m.created).max().filter(|created| *created > 0)
     }
 
@@ -377,10 +295,7 @@ impl Inventory {
     pub fn image_ids(&self, digest: &Digest, platform: Option<&Platform>) -> BTreeSet<&Digest> {
         let held = self.by_digest.get(digest).into_iter().flatten();
         let images = held.filter_map(|(name, target)| self.nodes.get(name)?.images.get(target));
-        let below = images.flat_map(|image| {
-            image.manifests.iter().filter(|m| image.target == *digest || m.digest == *digest)
-        });
-        let suit = below.filter(|m| platform.is_none_or(|p| p.rank(&m.platform).is_some()));
+        let suit = images.flat_map(|image| image.suiting(digest, platform));
         suit.filter_map(|manifest| manifest.image_id.as_ref()).collect()
     }
 
@@ -406,14 +321,14 @@ impl Inventory {
     /// Names of the records, other than config IDs, under which a node has `digest`.
     pub fn names_on(&self, node: &str, digest: &Digest) -> Vec<Arc<str>> {
         let image = self.nodes.get(node).and_then(|node| node.images.get(digest));
-        image.map(|image| records(image).cloned().collect()).unwrap_or_default()
+        image.map(|image| image.references().cloned().collect()).unwrap_or_default()
     }
 
     /// Names of the records, other than config IDs, under which any node has `digest`: as target, or below it.
     pub fn names_of(&self, digest: &Digest) -> BTreeSet<&str> {
         let holders = self.by_digest.get(digest).into_iter().flatten();
         let images = holders.filter_map(|(node, target)| self.nodes.get(node)?.images.get(target));
-        images.flat_map(|image| records(image)).map(AsRef::as_ref).collect()
+        images.flat_map(|image| image.references()).map(AsRef::as_ref).collect()
     }
 
     /// The target of the record `name` on a node, if the image behind it is complete for that node.
@@ -423,19 +338,4 @@ impl Inventory {
         let image = node.images.get(target)?;
         (image.held(target, Some(&node.platform)) == Holder::Complete).then_some(target)
     }
-}
-
-fn digests(image: &Image) -> impl Iterator<Item = &Digest> {
-    let below = image.manifests.iter().map(|m| &m.digest).filter(|digest| **digest != image.target);
-    std::iter::once(&image.target).chain(below)
-}
-
-/// By image ID, the kubelet's records that an image comes with.
-fn records_of(image: &Image) -> impl Iterator<Item = (&Digest, &Arc<Pulled>)> {
-    image.manifests.iter().filter_map(|m| m.image_id.as_ref().zip(m.pulled.as_ref()))
-}
-
-/// The records that bear a reference: CRI's own record of the config ID is none.
-fn records(image: &Image) -> impl Iterator<Item = &Arc<str>> {
-    image.names.iter().filter(|name| !name.starts_with("sha256:"))
 }

@@ -22,7 +22,8 @@ use tote_rpc::v1::session_response::Message;
 
 use super::agents::{Agents, Endpoint};
 use super::enrol::{EnrolError, Enrolment};
-use super::inventory::{Image, NodeName};
+use super::image::Image;
+use super::inventory::NodeName;
 use crate::backoff::Backoff;
 use crate::ca::Standing;
 

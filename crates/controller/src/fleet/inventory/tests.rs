@@ -1,4 +1,8 @@
+use tote_rpc::v1;
+
 use super::*;
+use crate::access::Pulled;
+use crate::fleet::Manifest;
 
 fn digest(n: u8) -> Digest {
     Digest::sha256(&[n])
