@@ -7,8 +7,9 @@ use tote_e2e::tools::Containerd;
 use tote_rpc::testing::Pki;
 use tote_rpc::v1::{self, Cause, import_event::Event};
 
-use crate::node::{Node, PKI, Source, WAIT, block_on, ended, until_moved};
+use crate::node::{Node, PKI, Source, WAIT, block_on};
 use crate::same;
+use crate::stream::{ended, until_moved};
 
 /// 60 MB at 20 MiB/s: some 3 s.
 const IMAGE: &str = "random-60";

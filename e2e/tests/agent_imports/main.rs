@@ -5,6 +5,7 @@
 
 mod faults;
 mod node;
+mod stream;
 mod tree;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -23,7 +23,9 @@ use tote_image::Digest;
 use tote_rpc::AgentClient;
 use tote_rpc::identity::{Identity, Role};
 use tote_rpc::testing::Pki;
-use tote_rpc::v1::{self, import_event::Event, session_response::Message};
+use tote_rpc::v1;
+
+use crate::stream::Session;
 
 /// Signs for all of these tests.
 pub static PKI: LazyLock<Pki> = LazyLock::new(Pki::new);
@@ -245,7 +247,7 @@ impl Node {
             receiver.recv().await.map(|request| (request, receiver))
         });
         let responses = agent.session(requests).await.unwrap().into_inner();
-        Session { responses, _requests: sender }
+        Session::new(responses, sender)
     }
 
     /// Complete and unpacked, by `ctr`, before and after a collection; no lease, no ingest.
@@ -341,75 +343,4 @@ impl Node {
 
 fn term() -> v1::Term {
     v1::Term { lease_uid: "a-lease".to_owned(), lease_transitions: 1 }
-}
-
-/// Follows an import to its end.
-pub async fn ended(events: &mut Streaming<v1::ImportEvent>) -> Result<v1::Done, v1::Failed> {
-    loop {
-        match events.message().await.unwrap().and_then(|event| event.event) {
-            Some(Event::Progress(_)) => {}
-            Some(Event::Done(done)) => return Ok(done),
-            Some(Event::Failed(failed)) => return Err(failed),
-            None => panic!("the stream ended without an end"),
-        }
-    }
-}
-
-/// Follows an import until so many bytes have come.
-pub async fn until_moved(events: &mut Streaming<v1::ImportEvent>, share: f64) -> v1::Progress {
-    loop {
-        match events.message().await.unwrap().and_then(|event| event.event) {
-            #[allow(clippy::cast_precision_loss)]
-            Some(Event::Progress(progress)) => {
-                if progress.transferred_bytes as f64 > share * progress.total_bytes as f64
-                    && progress.total_bytes > 0
-                {
-                    assert!(
-                        progress.transferred_bytes * 10 < progress.total_bytes * 9,
-                        "too late: {progress:?}"
-                    );
-                    return progress;
-                }
-            }
-            other => panic!("ended too soon: {other:?}"),
-        }
-    }
-}
-
-/// A controller's session.
-pub struct Session {
-    responses: Streaming<v1::SessionResponse>,
-    _requests: tokio::sync::mpsc::Sender<v1::SessionRequest>,
-}
-
-impl Session {
-    async fn next(&mut self) -> Message {
-        self.responses.message().await.unwrap().and_then(|response| response.message).unwrap()
-    }
-
-    pub async fn inventory(&mut self) -> (v1::Welcome, Vec<v1::Image>) {
-        let Message::Welcome(welcome) = self.next().await else { panic!("welcome comes first") };
-        let mut images = Vec::new();
-        loop {
-            let Message::Snapshot(snapshot) = self.next().await else { panic!("then the snapshot") };
-            images.extend(snapshot.images);
-            if snapshot.last {
-                return (welcome, images);
-            }
-        }
-    }
-
-    /// Waits until the node has a complete image of this target.
-    pub async fn until_has(&mut self, digest: &str) {
-        loop {
-            let Message::Delta(delta) = self.next().await else { panic!("then deltas") };
-            let is = |image: &v1::Image| {
-                image.target.as_ref().is_some_and(|target| target.digest == digest)
-                    && image.manifests.iter().any(|manifest| manifest.complete)
-            };
-            if delta.upserted.iter().any(is) {
-                return;
-            }
-        }
-    }
 }
