@@ -120,6 +120,26 @@ fn failures_are_tried_again_with_a_limit() {
 }
 
 #[test]
+fn who_cannot_be_read_from_twice_goes_last() {
+    for (lost, order) in [(1, ["a", "c"]), (2, ["c", "a"])] {
+        let mut bench = Bench::new();
+        bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+        let uid = bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+        bench.decide();
+        for n in 1..=lost {
+            bench.transfer(&uid, TransferEvent::Lost { message: "broken".into() });
+            if n == lost {
+                bench.up("c", vec![image(1, &["r.test/x:1"], true)]);
+            }
+            assert_eq!(imports(&bench.decide()).len(), 0, "back-off");
+            let again = imports(&bench.pass(5));
+            assert_eq!(again[0].2, if n == lost { &order[..] } else { &["a"] });
+        }
+        assert_eq!(bench.state.jobs[&*uid].0.status.attempts, 1, "attached again, and not tried again");
+    }
+}
+
+#[test]
 fn a_queue_that_moves_is_not_written_for_those_who_wait_on() {
     let mut bench = Bench::new();
     bench.up("a", vec![image(1, &["r.test/x:1"], true), image(2, &["r.test/x:2"], true)]);

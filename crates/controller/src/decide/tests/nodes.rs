@@ -351,6 +351,11 @@ fn a_sandbox_image_that_nobody_holds_is_told_too_and_what_is_long_past_is_not() 
     no_sandbox(&mut bench, "b");
     let told = of_nodes(&bench.decide());
     assert!(told.len() == 1 && told[0].2.contains("under another name: make a SalvageJob"), "{told:?}");
+    // A clock that is ahead does not make it last.
+    let ahead = after(bench.now, 86_400);
+    bench.on(Event::SandboxFailed { node: "c".into(), image: PAUSE.into(), at: ahead });
+    assert_eq!(of_nodes(&bench.decide()).len(), 1);
+    assert_eq!(of_nodes(&bench.pass(7200)), []);
     for n in 0..5000 {
         let image = format!("r.test/pause:{n}").into();
         bench.on(Event::SandboxFailed { node: "b".into(), image, at: bench.now });
