@@ -25,7 +25,7 @@ use tote_rpc::identity::{Identity, Role};
 use tote_rpc::testing::Pki;
 use tote_rpc::v1;
 
-use crate::stream::Session;
+use crate::stream::{Session, ended};
 
 /// Signs for all of these tests.
 pub static PKI: LazyLock<Pki> = LazyLock::new(Pki::new);
