@@ -5,6 +5,9 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
+/// When every image was made that does not say otherwise.
+const CREATED: &str = "2024-01-01T00:00:00Z";
+
 /// One platform of an image, to be written.
 #[derive(Clone, Debug)]
 pub struct Build {
@@ -12,6 +15,7 @@ pub struct Build {
     media_types: MediaTypes,
     layers: Vec<Layer>,
     config: Map<String, Value>,
+    created: String,
 }
 
 impl Default for Build {
@@ -32,7 +36,20 @@ impl Build {
         }) else {
             unreachable!("the literal above is an object")
         };
-        Self { platform: Platform::host(), media_types: MediaTypes::Oci, layers: Vec::new(), config }
+        Self {
+            platform: Platform::host(),
+            media_types: MediaTypes::Oci,
+            layers: Vec::new(),
+            config,
+            created: CREATED.to_owned(),
+        }
+    }
+
+    /// Sets when it was made by its config, RFC 3339.
+    #[must_use]
+    pub fn created(mut self, at: &str) -> Self {
+        at.clone_into(&mut self.created);
+        self
     }
 
     /// Adds a layer on top.
@@ -103,11 +120,11 @@ impl Build {
             &json!({
                 "architecture": self.platform.architecture,
                 "os": self.platform.os,
-                "created": "2024-01-01T00:00:00Z",
+                "created": self.created,
                 "config": self.config,
                 "rootfs": {"type": "layers", "diff_ids": diff_ids},
                 "history": diff_ids.iter().enumerate().map(|(i, _)| json!({
-                    "created": "2024-01-01T00:00:00Z", "created_by": format!("layer {i}"),
+                    "created": self.created, "created_by": format!("layer {i}"),
                 })).collect::<Vec<_>>(),
             }),
         )?;

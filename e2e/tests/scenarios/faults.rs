@@ -21,6 +21,9 @@ use crate::stage::{Alone, SOON, Scenario};
 /// For what is left of 500 MB at the cap, once more in the worst case, and for a dead leader's Lease to run out.
 const LONG: Duration = Duration::from_secs(180);
 
+/// For showing that nothing happens.
+const A_WHILE: Duration = Duration::from_secs(5);
+
 pub fn all() -> Vec<Scenario> {
     let all = [
         Scenario::new("midway_controller_killed", "n1", "n2", controller_killed),
@@ -31,6 +34,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("midway_leader_gone", "n1", "n3", leader_gone),
         Scenario::new("midway_rollout", "n1", "n2", rollout),
         Scenario::new("midway_switched_off", "n1", "n3", switched_off),
+        Scenario::new("midway_suspended", "n1", "n2", suspended),
         Scenario::new("midway_pull_wins", "n1", "n2", pull_wins),
         Scenario::new("midway_job_deleted", "n1", "n3", job_deleted),
         Scenario::new("midway_namespace_deleted", "n1", "n2", namespace_deleted),
@@ -148,10 +152,7 @@ async fn switched_off(play: Play) -> Result<()> {
     play.pull_on_source(&pinned).await?;
     play.registry.stop()?;
     half_way(&play).await?;
-    let chart = operator::checkout().join("charts/tote").display().to_string();
-    let mut helm = play.cluster().helm(&["upgrade", "tote", &chart, "-n", operator::NAMESPACE])?;
-    helm.args(["--reuse-values", "--set", "config.enabled=false", "--wait", "--timeout", "90s"]);
-    tokio::task::block_in_place(|| host::run(&mut helm))?;
+    play.upgrade_operator(&["config.enabled=false"])?;
     let off = |job: &SalvageJob| imported_reason(job).0 == "Disabled";
     let outcome = async {
         play.tenant.until_job("that is Disabled", SOON, off).await?;
@@ -167,6 +168,26 @@ async fn switched_off(play: Play) -> Result<()> {
     play.tenant.running("later", SOON).await?;
     let is_big = |job: &SalvageJob| job.name_any() == "big" && phase(job) == Some(Phase::Imported);
     play.tenant.until_job("big that is Imported", LONG, is_big).await?;
+    ends_well(&play).await.map(drop)
+}
+
+/// Suspended, the transfer ends and leaves nothing on the target, and stays so; released, it begins anew.
+async fn suspended(play: Play) -> Result<()> {
+    half_way(&play).await?;
+    let big = play.big().await?;
+    let target = play.target()?.name();
+    let suspend = |value: bool| {
+        let spec = json!({"image": big.reference, "nodeName": target, "suspend": value});
+        play.tenant.declare("big", spec)
+    };
+    suspend(true).await?;
+    let held = |job: &SalvageJob| phase(job) == Some(Phase::Pending) && imported_reason(job).0 == "Suspended";
+    play.tenant.until_job("that is Suspended", SOON, held).await?;
+    ends_without_trace(&play).await?;
+    let moves = || async { Ok(Some(play.tenant.jobs().get("big").await?).filter(|job| !held(job))) };
+    play.tenant.never("the job went on", A_WHILE, moves).await?;
+    ends_without_trace(&play).await?;
+    suspend(false).await?;
     ends_well(&play).await.map(drop)
 }
 

@@ -28,6 +28,7 @@ mod renewal;
 mod rogue;
 mod shapes;
 mod stage;
+mod values;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         faults::all(),
         leaders::all(),
         nodes::all(),
+        values::all(),
     ];
     let scenarios: Vec<Scenario> = scenarios.into_iter().flatten().collect();
     if arguments.list {

@@ -25,6 +25,7 @@ const LONG: Duration = Duration::from_secs(120);
 pub fn all() -> Vec<Scenario> {
     let all = [
         Scenario::new("target_cordoned", "n1", "n2", cordoned),
+        Scenario::new("source_cordoned", "n1", "n2", source_cordoned),
         Scenario::new("target_under_disk_pressure", "n1", "n2", disk_pressure),
         Scenario::new("target_agent_away", "n1", "n3", target_agent_away),
         Scenario::new("source_agent_away", "n1", "n2", source_agent_away),
@@ -79,13 +80,15 @@ async fn node_event(play: &Play, node: &str, reason: &str) -> Result<String> {
         .await
 }
 
+/// `kubectl cordon` or `uncordon`.
+fn kubectl(play: &Play, word: &str, node: &str) -> Result<()> {
+    let mut command = play.cluster().kubectl(&[word, node])?;
+    tokio::task::block_in_place(|| host::run(&mut command)).map(drop)
+}
+
 async fn cordoned(play: Play) -> Result<()> {
     let image = on_source(&play).await?;
-    let kubectl = |word: &str| -> Result<()> {
-        let mut command = play.cluster().kubectl(&[word, "n2"])?;
-        tokio::task::block_in_place(|| host::run(&mut command)).map(drop)
-    };
-    kubectl("cordon")?;
+    kubectl(&play, "cordon", "n2")?;
     let seen = async {
         play.start_on_target("waiting", &image).await?;
         let is = |job: &SalvageJob| imported_reason(job).0 == "TargetCordoned";
@@ -94,9 +97,27 @@ async fn cordoned(play: Play) -> Result<()> {
         others_go_on(&play, &image, "n3").await
     };
     let seen = seen.await;
-    kubectl("uncordon")?;
+    kubectl(&play, "uncordon", "n2")?;
     seen?;
     play.tenant.running("waiting", SOON).await.map(drop)
+}
+
+/// A node that is to be drained may hold the last copy: it takes no more, and gives what it has.
+async fn source_cordoned(play: Play) -> Result<()> {
+    let image = on_source(&play).await?;
+    kubectl(&play, "cordon", "n1")?;
+    let seen = async {
+        play.start_on_target("waiting", &image).await?;
+        let job = play.tenant.imported(SOON).await?;
+        let sources = job.status.map(|status| status.source_nodes).unwrap_or_default();
+        ensure!(sources == ["n1"], "it came from {sources:?}");
+        let given = nodes(&play).get("n1").await?;
+        ensure!(given.spec.and_then(|spec| spec.unschedulable) == Some(true), "n1 is not cordoned any more");
+        play.tenant.running("waiting", SOON).await.map(drop)
+    };
+    let seen = seen.await;
+    kubectl(&play, "uncordon", "n1")?;
+    seen
 }
 
 /// kubelet would take the condition back within 10 s; while it is away nobody does, for the 40 s that it is waited for.

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use kube::ResourceExt as _;
 use kube::api::ListParams;
-use tote_api::Phase;
+use tote_api::{Phase, SalvageJob};
 use tote_e2e::inspect;
 use tote_e2e::registry::{Control as _, Mode};
 use tote_e2e::tenant::{PodShape, phase};
@@ -19,6 +20,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("stopped_tag", "n3", "n1", stopped_tag),
         Scenario::new("deleted_upstream", "n2", "n3", deleted_upstream),
         Scenario::new("second_name", "n3", "n1", second_name),
+        Scenario::new("removed_and_needed_again", "n1", "n2", removed_and_needed_again),
         Scenario::new("kubelet_requires_a_pull", "n1", "n3", kubelet_requires_a_pull),
         Scenario::new("registry_returns", "n1", "n2", registry_returns),
         Scenario::new("kubelet_restarts", "n1", "n3", kubelet_restarts).alone(Alone::Node("n3")),
@@ -70,6 +72,32 @@ async fn second_name(play: Play) -> Result<()> {
     inspect::assert_whole(play.target()?, &second)?;
     play.stop_pod("again").await?;
     play.assert_intact(&image, &first).await
+}
+
+/// From a job's end to the next one's for the same image on the same node, which tote holds back for a minute.
+const NEXT_JOB: Duration = Duration::from_secs(120);
+
+/// What was salvaged is removed from the target and needed once more: the job that says Imported does not stand in the way.
+async fn removed_and_needed_again(play: Play) -> Result<()> {
+    let image = play.image("tiny")?;
+    let (_, pinned) = play.push(&image).await?;
+    play.pull_on_source(&pinned).await?;
+    play.registry.stop()?;
+    play.start_on_target("first", &pinned).await?;
+    let first = play.tenant.imported(SOON).await?.name_any();
+    play.tenant.running("first", SOON).await?;
+    play.stop_pod("first").await?;
+    tokio::task::block_in_place(|| inspect::remove_whole(play.target()?, &image))?;
+    play.start_on_target("waiting", &pinned).await?;
+    let is_next = |job: &SalvageJob| job.name_any() != first && phase(job) == Some(Phase::Imported);
+    let next = play.tenant.until_job("that is another, and Imported", NEXT_JOB, is_next).await?;
+    let transfer = next.status.and_then(|status| status.transfer).unwrap_or_default();
+    let (moved, total) = (transfer.transferred_bytes, transfer.total_bytes);
+    ensure!(total > 4_000_000 && moved == total, "{moved} of {total} bytes were moved again");
+    let kept = play.tenant.jobs().get(&first).await.context("the first job stays")?;
+    ensure!(phase(&kept) == Some(Phase::Imported), "{:?}", kept.status);
+    play.tenant.running("waiting", SOON).await?;
+    play.assert_intact(&image, &pinned).await
 }
 
 /// Kubelet's own records name the repository it pulled from: no copy satisfies it, and the event says so.

@@ -13,7 +13,7 @@ use tote_e2e::cluster::{Cluster, Node};
 use tote_e2e::images::{Image, Layout, preset};
 use tote_e2e::registry::{Control as _, Registry};
 use tote_e2e::tenant::{PodShape, Tenant};
-use tote_e2e::{inspect, rootfs};
+use tote_e2e::{host, inspect, operator, rootfs};
 
 use crate::stage::{self, Alone, Big, SOON, Scenario, Stage};
 
@@ -45,6 +45,17 @@ impl Play {
     /// The operator, as it was when the scenario began.
     pub fn install_operator(&self) -> Result<()> {
         tokio::task::block_in_place(|| stage::install(&self.stage.cluster, &[]))
+    }
+
+    /// Changes values of the operator's chart; [`Play::install_operator`] takes that back.
+    pub fn upgrade_operator(&self, values: &[&str]) -> Result<()> {
+        let chart = operator::checkout().join("charts/tote").display().to_string();
+        let mut helm = self.cluster().helm(&["upgrade", "tote", &chart, "-n", operator::NAMESPACE])?;
+        helm.args(["--reuse-values", "--wait", "--timeout", "90s"]);
+        for value in values {
+            helm.args(["--set", value]);
+        }
+        tokio::task::block_in_place(|| host::run(&mut helm)).map(drop)
     }
 
     /// The image of 500 MB that n1 holds.

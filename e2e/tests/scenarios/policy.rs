@@ -4,11 +4,13 @@ use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use kube::ResourceExt as _;
-use kube::api::ListParams;
+use k8s_openapi::api::core::v1::Namespace;
+use kube::api::{ListParams, Patch, PatchParams};
+use kube::{Api, ResourceExt as _};
 use serde_json::json;
-use tote_api::{Phase, SalvageJob};
-use tote_e2e::images::Image;
+use tote_api::{Phase, SalvageJob, names};
+use tote_e2e::cluster::Node;
+use tote_e2e::images::{Descriptor, Image};
 use tote_e2e::inspect;
 use tote_e2e::registry::Control as _;
 use tote_e2e::tenant::{PodShape, Tenant, imported_reason, phase};
@@ -28,11 +30,13 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("pull_policy_always", "n1", "n3", pull_policy_always),
         Scenario::new("init_container", "n2", "n3", init_container),
         Scenario::new("namespace_not_opted_in", "n1", "n2", namespace_not_opted_in),
+        Scenario::new("namespace_opted_in_later", "n1", "n3", namespace_opted_in_later),
         Scenario::new("pod_not_opted_in", "n2", "n1", pod_not_opted_in),
         Scenario::new("nowhere_then_somewhere", "n1", "n2", nowhere_then_somewhere),
         Scenario::new("tag_of_two_meanings", "n1", "n2", tag_of_two_meanings).with("n3"),
         Scenario::new("denied_by_pattern", "n1", "n2", denied_by_pattern),
         Scenario::new("source_that_lies", "n3", "n1", source_that_lies),
+        Scenario::new("two_sources_that_lie", "n1", "n2", two_sources_that_lie).with("n3"),
         Scenario::new("three_pods_one_job", "n1", "n3", three_pods_one_job),
         Scenario::new("two_nodes_at_once", "n1", "n2", two_nodes_at_once).with("n3"),
     ]
@@ -90,6 +94,27 @@ async fn namespace_not_opted_in(play: Play) -> Result<()> {
         no_job(&other).await?;
         ensure!(salvage_events(&other).await?.is_empty(), "events in a namespace left alone");
         Ok(())
+    };
+    let outcome = outcome.await;
+    other.leave().await?;
+    outcome
+}
+
+/// The namespace's annotation comes when its pod waits already.
+async fn namespace_opted_in_later(play: Play) -> Result<()> {
+    let (_, pinned) = cached_on_source(&play).await?;
+    let client = play.tenant.client();
+    let other = Tenant::enter(client.clone(), "namespace-that-comes-later", false).await?;
+    let outcome = async {
+        other.start("waiting", &PodShape::new("n3", &pinned)).await?;
+        other.failing("waiting", &PULL, SOON).await?;
+        no_job(&other).await?;
+        let yes = json!({"metadata": {"annotations": {names::ALLOW: "true"}}});
+        let namespaces: Api<Namespace> = Api::all(client);
+        namespaces.patch(other.namespace(), &PatchParams::default(), &Patch::Merge(yes)).await?;
+        other.until_job("for a pod that waits already", A_WHILE, |_| true).await?;
+        other.imported(SOON).await?;
+        other.running("waiting", SOON).await.map(drop)
     };
     let outcome = outcome.await;
     other.leave().await?;
@@ -176,10 +201,7 @@ async fn source_that_lies(play: Play) -> Result<()> {
     play.registry.stop()?;
     let blobs = image.needed()?;
     let layer = blobs.iter().max_by_key(|blob| blob.size).context("an image without blobs")?;
-    let hex = layer.digest.trim_start_matches("sha256:");
-    let store = "var/lib/containerd/io.containerd.content.v1.content/blobs/sha256";
-    let file = std::fs::OpenOptions::new().write(true).open(play.source()?.path(store).join(hex))?;
-    file.write_all_at(b"not what it was", layer.size / 2)?;
+    damage(play.source()?, layer)?;
     play.start_on_target("waiting", &pinned).await?;
     // Seven attempts with pauses of 1, 2, 4, ... 32 s.
     let note = play.tenant.event("waiting", "ImageSalvageFailed", Duration::from_secs(150)).await?;
@@ -190,6 +212,36 @@ async fn source_that_lies(play: Play) -> Result<()> {
     play.tenant.event(&job.name_any(), "BackoffLimitExceeded", SOON).await?;
     play.assert_nothing_unfinished(&image).await?;
     inspect::assert_gone(play.target()?, &image)
+}
+
+/// Changes a blob on a node's disk, behind containerd's back.
+fn damage(node: &Node, blob: &Descriptor) -> Result<()> {
+    let hex = blob.digest.trim_start_matches("sha256:");
+    let store = "var/lib/containerd/io.containerd.content.v1.content/blobs/sha256";
+    let file = std::fs::OpenOptions::new().write(true).open(node.path(store).join(hex))?;
+    Ok(file.write_all_at(b"not what it was", blob.size / 2)?)
+}
+
+/// Each of two copies is damaged, in another layer. Whichever is asked first lies, and what is true comes from the other.
+async fn two_sources_that_lie(play: Play) -> Result<()> {
+    let image = play.image("tiny")?;
+    let (_, pinned) = play.push(&image).await?;
+    play.pull_on_source(&pinned).await?;
+    play.pull_on("other", "n3", &pinned).await?;
+    play.registry.stop()?;
+    let layers = &image.host()?.layers;
+    ensure!(layers.len() == 2, "{layers:?}");
+    damage(play.source()?, &layers[0])?;
+    damage(play.cluster().node("n3")?, &layers[1])?;
+    play.start_on_target("waiting", &pinned).await?;
+    let job = play.tenant.imported(SOON).await?;
+    let status = job.status.unwrap_or_default();
+    ensure!(status.attempts == 1, "{} attempts: {status:?}", status.attempts);
+    let mut sources = status.source_nodes;
+    sources.sort_unstable();
+    ensure!(sources == ["n1", "n3"], "it came from {sources:?}");
+    play.tenant.running("waiting", SOON).await?;
+    play.assert_intact(&image, &pinned).await
 }
 
 async fn three_pods_one_job(play: Play) -> Result<()> {

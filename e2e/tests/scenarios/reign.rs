@@ -8,8 +8,8 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::api::DeleteParams;
 use rustix::process::Signal;
+use tote_e2e::host;
 use tote_e2e::tenant::{container_id, is_ready};
-use tote_e2e::{host, operator};
 
 use crate::known::{all_connected, controllers, leader, leading, objects};
 use crate::play::Play;
@@ -23,13 +23,7 @@ pub type Body = for<'a> fn(&'a Play) -> BoxFuture<'a, Result<()>>;
 
 /// Plays with two controllers; afterwards there is one again.
 pub async fn two(play: Play, values: &[&str], body: Body) -> Result<()> {
-    let chart = operator::checkout().join("charts/tote").display().to_string();
-    let mut helm = play.cluster().helm(&["upgrade", "tote", &chart, "-n", operator::NAMESPACE])?;
-    helm.args(["--reuse-values", "--set", "controller.replicas=2", "--wait", "--timeout", "90s"]);
-    for value in values {
-        helm.args(["--set", value]);
-    }
-    tokio::task::block_in_place(|| host::run(&mut helm))?;
+    play.upgrade_operator(&[&["controller.replicas=2"], values].concat())?;
     let outcome = async {
         stands_by(&play).await?;
         body(&play).await
