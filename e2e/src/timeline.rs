@@ -33,6 +33,10 @@ impl Timeline {
             self.running.get_or_insert(at);
             return self.line(at, &format!("pod {name} Running on {node}"), "");
         }
+        // Until kubelet looks again a pod says what it last said.
+        if self.imported.is_some() {
+            return None;
+        }
         let (reason, message) = waiting(pod).into_iter().find(|(reason, _)| is_failure(reason))?;
         self.failed.get_or_insert(at);
         self.line(at, &format!("pod {name} on {node}: {reason}"), &message)

@@ -67,7 +67,7 @@ pub struct SalvageJobSpec {
     pub image: String,
 
     /// Digest of the index or manifest that `image` must mean. Without it a tag is resolved by what the nodes
-    /// hold, and only if they agree.
+    /// hold, if they agree; where they do not, as the controller is set up (its registry's answer, the newest, or not at all).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 135))]
     #[x_kube(validation = Rule::new("self.matches('^(sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128})$')")
@@ -125,7 +125,8 @@ pub struct SalvageJobStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// Imported and Failed are final.
+    /// Pending: it waits, and the reason of condition Imported says for what. Transferring: blobs are moved. Imported (final):
+    /// the image is on the node, complete. Failed (final): given up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
 

@@ -13,6 +13,21 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::decide::{Count, Figures};
 use crate::notify::NotificationType;
 
+/// What may come of an agent's asking for a certificate.
+pub const ENROLMENTS: [&str; 11] = [
+    "signed",
+    "no_token",
+    "unknown",
+    "token",
+    "audience",
+    "service_account",
+    "other_pod",
+    "other_node",
+    "other_address",
+    "signing",
+    "not_taken",
+];
+
 /// Phases in the order of [`Figures::jobs`].
 const PHASES: [&str; 4] = ["Pending", "Transferring", "Imported", "Failed"];
 
@@ -109,6 +124,10 @@ impl Default for Metrics {
         let enrolments: Family<ResultLabel, Counter> = Family::default();
         let help = "Agents that asked for a certificate, by what came of it";
         registry.register("enrolments", help, enrolments.clone());
+        for result in ENROLMENTS {
+            // From the beginning, so that the first of its kind is an increase.
+            drop(enrolments.get_or_create(&ResultLabel { result }));
+        }
         let authority_changes: Family<StepLabel, Counter> = Family::default();
         let help = "Steps of replacing the certificate authority";
         registry.register("ca_changes", help, authority_changes.clone());
@@ -201,6 +220,7 @@ impl Metrics {
 
     /// An agent got a certificate (`signed`), or did not.
     pub fn enrolment(&self, result: &'static str) {
+        debug_assert!(ENROLMENTS.contains(&result), "{result} is not in ENROLMENTS");
         self.enrolments.get_or_create(&ResultLabel { result }).inc();
     }
 
@@ -314,7 +334,6 @@ mod tests {
     #[test]
     fn names_types_and_labels_are_as_documented() {
         let metrics = Metrics::default();
-        metrics.enrolment("signed");
         metrics.looked_up("found", Duration::from_secs(1));
         metrics.authority_changed("staged");
         metrics.notifications(NotificationType::ALL);

@@ -53,8 +53,9 @@ impl Why {
         match self {
             Self::Pinned => None,
             Self::Workload { containers } => Some(format!(
-                "what {} of this workload run by the tag",
-                several(containers, "other container")
+                "what {} of this workload {} by the tag",
+                several(containers, "other container"),
+                if containers == 1 { "runs" } else { "run" }
             )),
             Self::Agreed { nodes } => Some(format!("what the tag means on {}", several(nodes, "node"))),
             Self::Upstream => Some("this digest by its registry's own answer".to_owned()),

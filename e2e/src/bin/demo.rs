@@ -84,7 +84,10 @@ fn take_down() -> Result<bool> {
     if let Ok(registry) = Remote::attach(&storage()?) {
         registry.shutdown()?;
     }
-    Cluster::down(CLUSTER)
+    let there = Cluster::down(CLUSTER)?;
+    // Every demo pushes an image that no other did.
+    host::remove_tree(&storage()?)?;
+    Ok(there)
 }
 
 async fn demo(keep: bool) -> Result<()> {

@@ -48,7 +48,7 @@ fn alerts_are_over_metrics_that_exist() {
     metrics.notifications(NotificationType::ALL);
     let exported = metrics.text().unwrap();
     let alerts = alerts();
-    assert_eq!(alerts.len(), 8, "{alerts:?}");
+    assert_eq!(alerts.len(), 9, "{alerts:?}");
     for (alert, expression) in alerts {
         let selectors = selectors(&expression);
         assert!(!selectors.is_empty(), "{alert}: {expression}");

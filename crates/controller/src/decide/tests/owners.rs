@@ -102,7 +102,7 @@ fn a_tag_is_what_the_workload_runs_and_the_event_says_so() {
     let actions = bench.decide();
     assert_eq!(imports(&actions), [("b".into(), "r.test/x:1".into(), vec!["c".into()])]);
     let notes = told(&actions, names::event::IMAGE_SALVAGEABLE);
-    assert!(notes[0].contains("what 1 other container of this workload run by the tag"), "{notes:?}");
+    assert!(notes[0].contains("what 1 other container of this workload runs by the tag"), "{notes:?}");
 }
 
 #[test]
