@@ -17,6 +17,9 @@ use crate::salvage::after;
 use crate::text;
 use crate::world::World;
 
+/// By then an agent has told what its node lost, however busy it is.
+const STALE_SECONDS: i64 = 10;
+
 /// A failure counts for so many seconds; kubelet repeats it oftener than that for as long as it lasts.
 const FRESH_SECONDS: i64 = 600;
 
@@ -86,6 +89,17 @@ impl State {
                 sooner(again, at); // Until then it is not known who holds it.
                 continue;
             }
+            let is_there = image
+                .parse::<Reference>()
+                .is_ok_and(|image| self.world.fleet.present(node, &image.to_string()).is_some());
+            if is_there {
+                // By now; or its agent is yet to tell that it is gone.
+                let due = after(sandbox.failed, STALE_SECONDS);
+                if due > now {
+                    sooner(again, due);
+                }
+                continue;
+            }
             sandbox.told = Some(now);
             let words = sandbox_note(&self.world, node, image);
             self.tell_node(node, names::event::SANDBOX_IMAGE_MISSING, "LookForSandboxImage", &words);
@@ -148,10 +162,7 @@ fn sandbox_note(world: &World, node: &NodeName, image: &str) -> String {
     });
     let by_job =
         format!("make a SalvageJob with image {image} and nodeName {node} in a namespace that is opted in");
-    let is_present =
-        image.parse::<Reference>().is_ok_and(|r| world.fleet.present(node, &r.to_string()).is_some());
     let remedy = match found {
-        _ if is_present => "By now the node holds it, and kubelet tries again by itself".to_owned(),
         Ok(Resolution::Found { on_target: true, .. }) => {
             format!("The node holds it under another name: {by_job}")
         }

@@ -6,6 +6,7 @@ mod inform;
 mod jobs;
 mod known;
 mod nodes;
+mod notes;
 mod owners;
 mod pods;
 mod upstream;
