@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod containerd;
+pub mod cri;
 pub mod daemon;
 pub mod health;
 pub mod host;

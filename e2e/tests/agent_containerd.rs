@@ -6,12 +6,14 @@
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use tote_agent::containerd::{Client, Containerd as _, Error, conformance};
+use futures::{StreamExt as _, TryStreamExt as _};
+use tote_agent::containerd::{Client, Containerd as _, Error, Ingest, Lease, conformance};
 use tote_e2e::containerd::Snapshotter;
 use tote_e2e::daemon::{Daemon, Options};
 use tote_e2e::tools::Containerd;
+use tote_image::{Descriptor, Digest};
 
 async fn conforms(version: Containerd, snapshotter: Snapshotter) {
     let daemon = Daemon::start(Options::new(version).snapshotter(snapshotter)).unwrap();
@@ -21,6 +23,9 @@ async fn conforms(version: Containerd, snapshotter: Snapshotter) {
     let client = Client::new(&daemon.socket());
     let facts = client.facts().await.unwrap();
     assert!(facts.version.starts_with(version.version()), "{} is not {version}", facts.version);
+    conformance::run(&client, &name).await;
+    // The same with blobs read from their files.
+    let client = client.with_files();
     conformance::run(&client, &name).await;
 }
 
@@ -43,6 +48,34 @@ async fn containerd_2_conforms() {
 async fn another_snapshotter_conforms() {
     for version in Containerd::ALL {
         conforms(version, Snapshotter::Native).await;
+    }
+}
+
+/// A blob that is being read from its file comes to its end though containerd is gone; through containerd it breaks off.
+#[tokio::test]
+async fn blobs_are_read_from_their_files() {
+    for version in Containerd::ALL {
+        let mut daemon = Daemon::start(Options::new(version)).unwrap();
+        let client = Client::new(&daemon.socket());
+        let bytes = bytes::Bytes::from(vec![7_u8; 64 << 20]);
+        let media_type = "application/octet-stream".to_owned();
+        let blob = Descriptor { media_type, digest: Digest::sha256(&bytes), size: bytes.len() as u64 };
+        let lease = Lease { id: "files".to_owned(), transfer: "files".to_owned() };
+        client.create_lease(&lease, SystemTime::now() + Duration::from_secs(3600)).await.unwrap();
+        let Ingest::Open(mut writer) = client.ingest(&lease.id, &blob).await.unwrap() else { panic!() };
+        for piece in 0..16 {
+            writer.write(bytes.slice(piece << 22..(piece + 1) << 22)).await.unwrap();
+        }
+        writer.commit([].into()).await.unwrap();
+        for (client, whole) in [(client.clone(), false), (client.with_files(), true)] {
+            let mut pieces = client.read(&blob.digest, 0, blob.size).await.unwrap();
+            let mut read = pieces.next().await.unwrap().unwrap().len();
+            daemon.kill().unwrap();
+            let rest: Result<Vec<_>, _> = pieces.try_collect().await;
+            read += rest.as_ref().map_or(0, |pieces| pieces.iter().map(bytes::Bytes::len).sum());
+            assert_eq!((rest.is_ok(), read == bytes.len()), (whole, whole), "{version}: {read} bytes");
+            daemon.restart().unwrap();
+        }
     }
 }
 

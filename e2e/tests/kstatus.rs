@@ -55,6 +55,7 @@ const READINGS: [(Phase, &[&str], &str, &str); 5] = [
             "NameConflict",
             "SnapshotterUnsupported",
             "UnsupportedImage",
+            "ImageTooLarge",
         ],
         "Failed",
         "Degraded",

@@ -12,10 +12,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tote_rpc::identity::{Identity, Peer};
 
+use crate::bandwidth::{Bandwidth, Rate};
 use crate::containerd::{Containerd, Facts};
 use crate::health;
 use crate::identity::{Mounts, Standing};
-use crate::import::{Bandwidth, Context, Imports, Lifetimes, Patience, Rate};
+use crate::import::{Context, Imports, Lifetimes, Patience};
 use crate::inventory::{self, Inventory};
 use crate::kubelet::Records;
 use crate::metrics::Metrics;
@@ -35,6 +36,8 @@ pub struct Settings {
     pub node_name: String,
     /// The cap on what it receives.
     pub max_bandwidth: Option<Rate>,
+    /// The cap on what it gives.
+    pub max_upload: Option<Rate>,
     /// How patient it is with its peers.
     pub patience: Patience,
     /// How long it keeps transfers.
@@ -102,7 +105,9 @@ pub async fn run(
         tasks.spawn(health::serve(listener, registry, not_ready, stop));
     }
 
-    let served = Served::new(containerd, metrics.clone());
+    let upload = Bandwidth::new(settings.max_upload);
+    let mut served = Served::new(containerd, metrics.clone());
+    served.upload = upload;
     let grants = served.grants.clone();
     let refused = metrics.clone();
     let service = Service {

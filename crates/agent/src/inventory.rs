@@ -259,12 +259,18 @@ fn summary(
 ) -> v1::Manifest {
     let here = |blob: &Descriptor| sizes.get(&blob.digest) == Some(&blob.size);
     let own = sizes.get(digest).copied().unwrap_or_default();
+    let missing: BTreeSet<String> = std::iter::once(&manifest.config)
+        .chain(&manifest.layers)
+        .filter(|blob| !here(blob))
+        .map(|blob| blob.digest.to_string())
+        .collect();
     v1::Manifest {
         digest: digest.to_string(),
         platform: platform.map(wire_platform),
         config_digest: manifest.config.digest.to_string(),
         size: i64::try_from(own.saturating_add(manifest.content_size())).unwrap_or(i64::MAX),
-        complete: here(&manifest.config) && manifest.layers.iter().all(here),
+        complete: missing.is_empty(),
+        missing: missing.into_iter().collect(),
         created: 0,
         pulled: None,
     }

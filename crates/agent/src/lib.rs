@@ -5,6 +5,7 @@
 //! has written down.
 
 pub mod agent;
+pub mod bandwidth;
 pub mod containerd;
 pub mod health;
 pub mod identity;

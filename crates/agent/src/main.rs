@@ -11,9 +11,10 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tote_agent::agent::{Settings, run};
+use tote_agent::bandwidth::Rate;
 use tote_agent::containerd::Client;
 use tote_agent::identity::Mounts;
-use tote_agent::import::{Lifetimes, Patience, Rate};
+use tote_agent::import::{Lifetimes, Patience};
 use tote_agent::kubelet::Records;
 use tote_rpc::identity::Identity;
 use tracing_subscriber::EnvFilter;
@@ -47,6 +48,9 @@ struct Arguments {
     /// The most bytes per second to receive from other nodes, as 50Mi. Without it there is no cap.
     #[arg(long)]
     max_bandwidth: Option<Rate>,
+    /// The most bytes per second to give to other nodes, as 50Mi. Without it there is no cap.
+    #[arg(long)]
+    max_upload_bandwidth: Option<Rate>,
     /// How log lines are written; the variable `RUST_LOG` says which are.
     #[arg(long, value_enum, default_value_t = LogFormat::Json)]
     log_format: LogFormat,
@@ -102,13 +106,14 @@ async fn start(arguments: Arguments) -> anyhow::Result<()> {
     let settings = Settings {
         node_name: arguments.node_name,
         max_bandwidth: arguments.max_bandwidth,
+        max_upload: arguments.max_upload_bandwidth,
         patience: Patience::default(),
         lifetimes: Lifetimes::default(),
         identity: Identity::new().context("cannot make a key")?,
         mounts: Some(Mounts { token: arguments.token_file, authorities: arguments.ca_file }),
         records: arguments.kubelet_dir.map(|directory| Arc::new(Records::new(&directory))),
     };
-    let containerd = Arc::new(Client::new(&arguments.containerd_socket));
+    let containerd = Arc::new(Client::new(&arguments.containerd_socket).with_files());
     run(containerd, settings, control, Some(health), stop).await.context("cannot serve")?;
     tracing::info!("stopped");
     Ok(())

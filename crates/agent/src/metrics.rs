@@ -22,6 +22,12 @@ struct Reason {
     reason: &'static str,
 }
 
+/// Who gave wrong bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Giver {
+    node: String,
+}
+
 /// Counters and gauges. They are shared with the registry that encodes them.
 #[derive(Debug, Default)]
 pub struct Metrics {
@@ -32,6 +38,7 @@ pub struct Metrics {
     images: Gauge,
     sessions: Gauge,
     refused: Family<Reason, Counter>,
+    lies: Family<Giver, Counter>,
     certificates: Counter,
     expires: Gauge,
     first_certificate: Gauge<f64, AtomicU64>,
@@ -53,6 +60,8 @@ impl Metrics {
             let _ = self.refused.get_or_create(&Reason { reason: refusal.label() });
         }
         registry.register("refused", "Connections and calls that were refused", self.refused.clone());
+        let help = "Blobs that a node gave otherwise than they are";
+        registry.register("lies", help, self.lies.clone());
         let help = "Certificates that the controller gave";
         registry.register("certificates", help, self.certificates.clone());
         let help = "When the present certificate ends, in seconds since 1970; 0 without one";
@@ -69,6 +78,11 @@ impl Metrics {
     /// Bytes came from another node.
     pub fn received(&self, bytes: u64) {
         self.received_bytes.inc_by(bytes);
+    }
+
+    /// A node gave a blob otherwise than it is.
+    pub fn lied(&self, node: &str) {
+        self.lies.get_or_create(&Giver { node: node.to_owned() }).inc();
     }
 
     /// An import began.

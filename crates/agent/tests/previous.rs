@@ -33,6 +33,7 @@ async fn agent(pki: &Pki, node: &str, fake: &Fake, stop: &CancellationToken) -> 
     let settings = Settings {
         node_name: node.to_owned(),
         max_bandwidth: None,
+        max_upload: None,
         patience: PATIENCE,
         lifetimes: Lifetimes::default(),
         identity: pki.node(node, "127.0.0.1"),

@@ -28,6 +28,7 @@ async fn a_session_tells_when_containerd_stops_answering_and_when_it_answers_aga
     let settings = Settings {
         node_name: "n".to_owned(),
         max_bandwidth: None,
+        max_upload: None,
         patience: Patience {
             head: Duration::from_secs(2),
             piece: Duration::from_secs(2),

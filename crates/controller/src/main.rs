@@ -22,7 +22,7 @@ use tote_controller::http::{self, Health};
 use tote_controller::leader::Leader;
 use tote_controller::lookup::Upstream;
 use tote_controller::notify::{Delivery, Header, NotificationType, Notifier, Pace, Receiver};
-use tote_controller::patterns::{Images, Pattern};
+use tote_controller::patterns::{Images, Pattern, Size};
 use tote_controller::registry::{self, HostPattern, Lookup};
 use tote_controller::resolve::TagPolicy;
 use tote_controller::run::{Settings, lead};
@@ -52,6 +52,9 @@ struct Flags {
     /// A repository whose images are never salvaged. May be repeated.
     #[arg(long = "deny-image", value_name = "PATTERN")]
     denied_images: Vec<Pattern>,
+    /// The largest image that is salvaged, by the compressed size of what its platform needs, as 2Gi; without it, any.
+    #[arg(long)]
+    max_image_size: Option<Size>,
     /// A class of failures that is salvaged though a copy may go against somebody's will. May be repeated.
     #[arg(long = "salvage-class", value_name = "CLASS")]
     salvaged_classes: Vec<Class>,
@@ -265,7 +268,11 @@ async fn run(flags: Flags) -> Result<(), String> {
     let settings = Settings {
         policy: Policy {
             enabled: flags.enabled,
-            images: Images { allowed: flags.allowed_images, denied: flags.denied_images },
+            images: Images {
+                allowed: flags.allowed_images,
+                denied: flags.denied_images,
+                max_size: flags.max_image_size,
+            },
             classes,
             limits: Limits {
                 cluster: flags.max_concurrent_in_cluster,

@@ -1,4 +1,4 @@
-//! Which images may be salvaged at all: the operator's patterns of allowed and denied repositories. Pure.
+//! Which images may be salvaged at all: the operator's patterns of allowed and denied repositories, and how large they may be. Pure.
 //!
 //! Must not know where an image is.
 
@@ -6,8 +6,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use thiserror::Error;
-use tote_image::Reference;
+use tote_image::{Reference, quantity};
 use wildmatch::WildMatch;
+
+use crate::text;
 
 /// A repository with its registry, as `registry.example.com/team/*`: `*` stands for any characters, also for none and
 /// for `/`.
@@ -59,9 +61,48 @@ pub struct Images {
     pub allowed: Vec<Pattern>,
     /// An image that matches one is never salvaged, whatever else allows it.
     pub denied: Vec<Pattern>,
+    /// A larger one is not salvaged; without it, any may be.
+    pub max_size: Option<Size>,
+}
+
+/// A number of bytes above 0, as `2Gi`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(u64);
+
+/// Why a string is no size.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("{0:?} is not a number of bytes above 0: write it as 2Gi, 500M or 1000000")]
+pub struct SizeError(String);
+
+impl Size {
+    /// In bytes.
+    pub fn bytes(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for Size {
+    type Err = SizeError;
+
+    fn from_str(s: &str) -> Result<Self, SizeError> {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        match quantity::bytes(s) {
+            Some(bytes) if (1.0..1e18).contains(&bytes) => Ok(Self(bytes as u64)),
+            _ => Err(SizeError(s.to_owned())),
+        }
+    }
 }
 
 impl Images {
+    /// Why an image of so many bytes may not be salvaged; `None` if it may, or if nobody knows how large it is.
+    pub fn too_large(&self, size: Option<u64>) -> Option<String> {
+        let (size, max) = (size?, self.max_size?.bytes());
+        (size > max).then(|| {
+            let of = |bytes: u64| text::bytes(i64::try_from(bytes).unwrap_or(i64::MAX));
+            format!("it has {}, and {} is the most (config.images.maxSize)", of(size), of(max))
+        })
+    }
+
     /// Why an image may not be salvaged, for a person; `None` if it may. `names` are the names that nodes know its digest
     /// by: content that is denied under one name does not come in under another, and an allowed name must be one that it
     /// was pulled by.
@@ -103,7 +144,19 @@ mod tests {
 
     fn images(allowed: &[&str], denied: &[&str]) -> Images {
         let all = |patterns: &[&str]| patterns.iter().map(|p| p.parse().unwrap()).collect();
-        Images { allowed: all(allowed), denied: all(denied) }
+        Images { allowed: all(allowed), denied: all(denied), max_size: None }
+    }
+
+    #[test]
+    fn what_is_larger_than_it_may_be_says_so() {
+        let bound = Images { max_size: Some("2Gi".parse().unwrap()), ..Images::default() };
+        assert_eq!((bound.too_large(None), bound.too_large(Some(2 << 30))), (None, None));
+        let said = bound.too_large(Some(3 << 30)).unwrap();
+        assert!(said.contains("3.0 GiB") && said.contains("2.0 GiB"), "{said}");
+        assert_eq!(Images::default().too_large(Some(u64::MAX)), None);
+        for wrong in ["", "0", "-1", "2GB", "much", "1e300"] {
+            assert!(wrong.parse::<Size>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -73,7 +73,7 @@ pub enum Resolution {
         digest: Digest,
         /// Why this one.
         why: Why,
-        /// The nodes that hold it complete, the target not among them.
+        /// The nodes that hold it complete, the target not among them; or, where there is none, those that hold it between them.
         sources: Vec<NodeName>,
         /// Whether the target itself holds every blob: then nothing needs to be moved.
         on_target: bool,
@@ -161,10 +161,16 @@ impl Question<'_> {
         if on_target || !sources.is_empty() {
             return Resolution::Found { digest, why, sources, on_target };
         }
+        let incomplete = with(Holder::Incomplete);
+        // The target's own part counts, too.
+        let all: Vec<NodeName> = incomplete.iter().cloned().chain([self.target.into()]).collect();
+        if !incomplete.is_empty() && fleet.is_whole_together(&digest, platform, &all) {
+            return Resolution::Found { digest, why, sources: incomplete, on_target: false };
+        }
         let away = fleet.away(&digest).into_iter().filter(|node| **node != *self.target);
         let away: Vec<NodeName> =
             away.filter(|node| self.source.is_none_or(|source| **node == *source)).collect();
-        let (incomplete, other) = (with(Holder::Incomplete), with(Holder::OtherPlatform));
+        let other = with(Holder::OtherPlatform);
         Resolution::Missing(if !away.is_empty() {
             Missing::Away { digest, nodes: away }
         } else if !incomplete.is_empty() {

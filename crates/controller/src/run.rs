@@ -17,7 +17,6 @@ use crate::fleet::{Agents, Enrolment, Fleet, FleetEvent};
 use crate::http::Health;
 use crate::leader::Term;
 use crate::lookup::Upstream;
-use crate::nodes;
 use crate::notify::Notifier;
 use crate::owners::OwnerKind;
 use crate::perform::Performer;
@@ -89,7 +88,7 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
     watches.spawn(keeper.run());
     watches.spawn(watch::pods(client.clone(), events.clone()));
     watches.spawn(watch::namespaces(client.clone(), events.clone()));
-    watches.spawn(nodes::watch(client.clone(), events.clone()));
+    watches.spawn(watch::nodes(client.clone(), events.clone()));
     watches.spawn(watch::kubelet::sandboxes(client.clone(), events.clone()));
     watches.spawn(watch::kubelet::secrets(client.clone(), events.clone()));
     watches.spawn(watch::jobs(client.clone(), events.clone()));

@@ -144,12 +144,14 @@ fn event_of(event: Wire) -> TransferEvent {
             transferred: p.transferred_bytes,
             reused: p.reused_bytes,
             source_nodes: p.source_nodes,
+            lying_nodes: Vec::new(),
         }),
         Wire::Done(d) => TransferEvent::Done(Progress {
             total: d.total_bytes,
             transferred: d.transferred_bytes,
             reused: d.reused_bytes,
             source_nodes: d.source_nodes,
+            lying_nodes: d.lying_nodes,
         }),
         // Ended from outside, and wanted again since: that is no failed attempt.
         Wire::Failed(f) if f.cause() == Cause::Cancelled => TransferEvent::Lost { message: f.message },
@@ -174,5 +176,6 @@ fn reason_of(cause: Cause) -> &'static str {
         Cause::Unsupported => "UnsupportedImage",
         Cause::Cancelled => "Cancelled",
         Cause::PullRecord => "PullRecordFailed",
+        Cause::TooLarge => "ImageTooLarge",
     }
 }

@@ -62,9 +62,12 @@ impl World {
         Self { enabled, images, access, tags, ..Self::default() }
     }
 
-    /// Why the operator's patterns do not let an image be salvaged; `None` if they do.
-    pub fn pattern_refusal(&self, reference: &Reference, digest: &Digest) -> Option<String> {
-        self.images.refusal(reference, self.fleet.names_of(digest).into_iter())
+    /// Why the operator's patterns and bounds do not let an image be salvaged to the node `target`; `None` if they do.
+    pub fn refusal(&self, reference: &Reference, digest: &Digest, target: &str) -> Option<String> {
+        let platform = self.fleet.node(target).map(|node| &node.platform);
+        self.images
+            .refusal(reference, self.fleet.names_of(digest).into_iter())
+            .or_else(|| self.images.too_large(self.fleet.size(digest, platform)))
     }
 
     /// Whether a namespace may have an image on the node `target`: by all that kubelets have written down about it, or because
@@ -121,7 +124,8 @@ impl World {
 
     /// A node as a source, if its agent has a session.
     pub fn source(&self, node: &NodeName) -> Option<Source> {
-        self.fleet.node(node).map(|n| Source { node: node.clone(), address: n.address.clone() })
+        let last_resort = self.is_shaky(node);
+        self.fleet.node(node).map(|n| Source { node: node.clone(), address: n.address.clone(), last_resort })
     }
 
     /// Whether a node's container runtime does not answer: its agent, or, where that is away itself, kubelet.

@@ -6,6 +6,7 @@
 mod digest;
 mod document;
 mod platform;
+pub mod quantity;
 mod reference;
 
 pub use digest::{Digest, DigestError, Verifier};

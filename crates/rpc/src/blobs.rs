@@ -46,7 +46,7 @@ pub fn blob_client(identity: &Arc<Identity>) -> Result<BlobClient, rustls::Error
         // A peer closes what is idle for 10 s: a request may not meet that.
         .pool_idle_timeout(Duration::from_secs(5))
         .pool_timer(TokioTimer::new())
-        .pool_max_idle_per_host(4)
+        .pool_max_idle_per_host(8)
         .build(Peers { tls }))
 }
 

@@ -106,6 +106,7 @@ impl Node {
         let settings = Settings {
             node_name: self.name.clone(),
             max_bandwidth: self.bandwidth.map(|rate| rate.parse().unwrap()),
+            max_upload: None,
             patience: Patience::default(),
             lifetimes: Lifetimes::default(),
             identity: PKI.node(&self.name, "127.0.0.1"),
@@ -132,7 +133,7 @@ impl Node {
     }
 
     pub fn source(&self) -> v1::Source {
-        v1::Source { node_name: self.name.clone(), address: self.address().to_string() }
+        v1::Source { node_name: self.name.clone(), address: self.address().to_string(), last_resort: false }
     }
 
     /// As the leader calls it.
@@ -213,6 +214,7 @@ impl Node {
             digest: digest.to_owned(),
             sources: holders.iter().map(|holder| holder.source()).collect(),
             pulled: None,
+            max_bytes: 0,
         };
         agent.import(request).await.map(tonic::Response::into_inner)
     }

@@ -39,6 +39,7 @@ const EVERY_VALUE: &[(&str, &[&str])] = &[
     ("config.classes.ignore[0]=NotFound", &["--ignore-class=NotFound"]),
     ("config.images.allowed[0]=r.corp/*", &["\"--allow-image=r.corp/*\""]),
     ("config.images.denied[0]=*/secret", &["\"--deny-image=*/secret\""]),
+    ("config.images.maxSize=3Gi", &["--max-image-size=3Gi"]),
     ("config.metricsAddr=127.0.0.1:9999", &["--metrics-addr=127.0.0.1:9999", "containerPort: 9999"]),
     ("log.level=debug", &["value: \"debug\""]),
     ("log.format=json", &["--log-format=json"]),
@@ -65,6 +66,13 @@ const EVERY_VALUE: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "agent.containerdRoot=/data/containerd",
+        &[
+            "mountPath: /data/containerd/io.containerd.content.v1.content\n              readOnly: true\n",
+            "path: /data/containerd/io.containerd.content.v1.content\n",
+        ],
+    ),
+    (
         "agent.kubeletDir=/data/kubelet",
         &[
             "--kubelet-dir=/data/kubelet\n",
@@ -73,6 +81,7 @@ const EVERY_VALUE: &[(&str, &[&str])] = &[
         ],
     ),
     ("agent.maxBandwidth=50Mi", &["--max-bandwidth=50Mi"]),
+    ("agent.maxUploadBandwidth=9Mi", &["--max-upload-bandwidth=9Mi"]),
     ("agent.priorityClassName=mine", &["priorityClassName: mine"]),
     ("agent.resources.limits.memory=98Mi", &["memory: 98Mi"]),
     ("agent.nodeSelector.pool=a", &["pool: a"]),
@@ -279,13 +288,16 @@ fn agents_mount_no_token_of_the_api_server() {
 
 /// Of kubelet's directory, where also the Secrets of all pods of the node lie, the agents see one part.
 #[test]
-fn agents_mount_nothing_of_kubelets_but_its_records() {
+fn agents_mount_nothing_but_a_socket_blobs_and_records() {
     let output = template(&[]).unwrap();
     let agents = output.split("\n---\n").find(|d| d.contains("\nkind: DaemonSet\n")).unwrap();
     let paths: Vec<&str> = agents.lines().filter_map(|line| line.trim().strip_prefix("path: ")).collect();
     let of_the_host: Vec<&&str> =
         paths.iter().filter(|path| path.starts_with('/') && !path.ends_with('z')).collect();
-    assert_eq!(of_the_host, [&"/run/containerd", &"/var/lib/kubelet/image_manager"]);
+    let content = "/var/lib/containerd/io.containerd.content.v1.content";
+    assert_eq!(of_the_host, [&"/run/containerd", &content, &"/var/lib/kubelet/image_manager"]);
+    let without = template(&["agent.containerdRoot="]).unwrap();
+    assert!(!without.contains("io.containerd.content"), "{without}");
 }
 
 #[test]
@@ -293,6 +305,7 @@ fn a_bad_value_is_refused_by_name() {
     for (value, field) in [
         ("agent.containerdSocket=containerd.sock", "containerdSocket"),
         ("agent.kubeletDir=", "kubeletDir"),
+        ("agent.containerdRoot=var/lib", "containerdRoot"),
         ("agent.kubeletDir=/var/lib/kubelet/", "kubeletDir"),
         ("agent.maxBandwidth=fast", "maxBandwidth"),
         ("controller.access=all", "access"),

@@ -148,6 +148,7 @@ pub async fn every_call(
         digest: digest.clone(),
         sources: Vec::new(),
         pulled: None,
+        max_bytes: 0,
     };
     let grant = v1::GrantRequest {
         term: term.clone(),

@@ -37,6 +37,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("denied_by_pattern", "n1", "n2", denied_by_pattern),
         Scenario::new("source_that_lies", "n3", "n1", source_that_lies),
         Scenario::new("two_sources_that_lie", "n1", "n2", two_sources_that_lie).with("n3"),
+        Scenario::new("sources_that_hold_a_part", "n1", "n2", sources_that_hold_a_part).with("n3"),
         Scenario::new("three_pods_one_job", "n1", "n3", three_pods_one_job),
         Scenario::new("two_nodes_at_once", "n1", "n2", two_nodes_at_once).with("n3"),
     ]
@@ -238,6 +239,28 @@ async fn two_sources_that_lie(play: Play) -> Result<()> {
     let status = job.status.unwrap_or_default();
     ensure!(status.attempts == 1, "{} attempts: {status:?}", status.attempts);
     let mut sources = status.source_nodes;
+    sources.sort_unstable();
+    ensure!(sources == ["n1", "n3"], "it came from {sources:?}");
+    play.tenant.running("waiting", SOON).await?;
+    play.assert_intact(&image, &pinned).await
+}
+
+/// Each of two nodes lacks another layer, as where unpacked layers are discarded: together they have the image.
+async fn sources_that_hold_a_part(play: Play) -> Result<()> {
+    let image = play.image("tiny")?;
+    let (_, pinned) = play.push(&image).await?;
+    play.pull_on_source(&pinned).await?;
+    play.pull_on("other", "n3", &pinned).await?;
+    play.registry.stop()?;
+    let layers = &image.host()?.layers;
+    ensure!(layers.len() == 2, "{layers:?}");
+    tokio::task::block_in_place(|| {
+        play.source()?.ctr(&["content", "rm", &layers[0].digest])?;
+        play.cluster().node("n3")?.ctr(&["content", "rm", &layers[1].digest])
+    })?;
+    play.start_on_target("waiting", &pinned).await?;
+    let job = play.tenant.imported(SOON).await?;
+    let mut sources = job.status.unwrap_or_default().source_nodes;
     sources.sort_unstable();
     ensure!(sources == ["n1", "n3"], "it came from {sources:?}");
     play.tenant.running("waiting", SOON).await?;

@@ -177,7 +177,8 @@ pub trait Containerd: Send + Sync + 'static {
     /// Digest and size of all committed blobs.
     async fn blobs(&self) -> Result<Vec<(Digest, u64)>, Error>;
 
-    /// `length` bytes of a blob from `offset` on. [`Error::NotFound`] if it is not there.
+    /// `length` bytes of a blob from `offset` on. [`Error::NotFound`] if it is not there; but whether it is there for this
+    /// containerd namespace [`Containerd::blob`] alone tells, which is to be asked first.
     async fn read(&self, digest: &Digest, offset: u64, length: u64) -> Result<ByteStream, Error>;
 
     /// Opens a blob for writing, at the end of what an earlier writer left. The lease holds the bytes from
@@ -192,6 +193,9 @@ pub trait Containerd: Send + Sync + 'static {
 
     /// Adds labels to a committed blob, or replaces their values.
     async fn label(&self, digest: &Digest, labels: &Labels) -> Result<(), Error>;
+
+    /// Bytes that are free where blobs are kept, for root; `None` if that is not to be seen from here.
+    async fn free_space(&self) -> Result<Option<u64>, Error>;
 
     /// Makes a lease, which ends by itself at `expires`.
     async fn create_lease(&self, lease: &Lease, expires: SystemTime) -> Result<(), Error>;

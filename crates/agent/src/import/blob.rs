@@ -1,93 +1,40 @@
-//! Getting one blob onto the node: present already, or from the sources in turn, resumed where it stopped.
+//! Getting one blob onto the node: present already, or from the sources, several parts of it at once, resumed where it stopped.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::collections::VecDeque;
 
-use tote_image::{Descriptor, Digest, Verifier};
+use tote_image::Descriptor;
 
+use super::chunk::{Asked, CHUNK, Chunk, Piece, Tried};
 use super::failure::Failure;
-use super::fetch::{self, FetchError, Kind};
+use super::fetch::FetchError;
 use super::request::Source;
 use super::run::Run;
 use crate::containerd::{BlobWriter, Error, Held, Ingest, Labels};
 
-/// The longest pause between two rounds over all sources.
-const MAX_PAUSE: Duration = Duration::from_secs(5);
-
-/// What was heard of each source, by node.
-#[derive(Debug, Default)]
-pub(super) struct Tried {
-    heard: BTreeMap<String, FetchError>,
-    banned: Vec<Source>,
-    mismatched: bool,
-}
-
-impl Tried {
-    pub(super) fn note(&mut self, source: &Source, error: FetchError) {
-        tracing::debug!(node = source.node, %error, "a source did not give a blob");
-        if matches!(error, FetchError::Wrong(_)) {
-            self.banned.push(source.clone());
-            self.mismatched = true;
-        }
-        self.heard.insert(format!("{} ({})", source.node, source.address), error);
-    }
-
-    /// Whether asking `sources` again could help.
-    pub(super) fn is_hopeless(&self, sources: &[Source]) -> bool {
-        sources.iter().all(|source| self.is_banned(source))
-            || (!self.heard.is_empty()
-                && self.heard.values().all(|error| matches!(error, FetchError::Missing)))
-    }
-
-    pub(super) fn is_banned(&self, source: &Source) -> bool {
-        self.banned.contains(source)
-    }
-
-    pub(super) fn into_failure(self, digest: &Digest) -> Failure {
-        let heard = self.heard.iter().map(|(node, error)| format!("{node}: {error}"));
-        let mut tried = heard.collect::<Vec<_>>().join("; ");
-        if tried.is_empty() {
-            "no sources were named".clone_into(&mut tried);
-        }
-        let digest = digest.clone();
-        if self.mismatched {
-            Failure::DigestMismatch { digest, tried }
-        } else {
-            Failure::NoSource { digest, tried }
-        }
-    }
-}
+/// How many parts of a blob are on their way at once: what is written waits for no answer of a source, and several sources
+/// give parts of one blob.
+const WINDOW: usize = 3;
 
 /// What is known of the bytes that an ingest holds.
 struct Partial {
     writer: Box<dyn BlobWriter>,
-    /// Hashes all bytes so far; nothing if an earlier writer's are among them.
-    verifier: Option<Verifier>,
-    /// Whose bytes they are, as far as is known.
-    givers: Vec<Source>,
+    /// Whose bytes they are; nothing if an earlier writer's are among them.
+    givers: Option<Vec<Source>>,
 }
 
 impl Partial {
-    fn new(writer: Box<dyn BlobWriter>, blob: &Descriptor) -> Self {
-        let verifier = (writer.offset() == 0).then(|| blob.digest.verifier());
-        Self { writer, verifier, givers: Vec::new() }
+    fn new(writer: Box<dyn BlobWriter>) -> Self {
+        let givers = (writer.offset() == 0).then(Vec::new);
+        Self { writer, givers }
     }
 
     /// The one source that gave all bytes, if there is just one.
     fn sole_giver(&self) -> Option<&Source> {
-        match &self.givers[..] {
-            [one] if self.verifier.is_some() => Some(one),
+        match self.givers.as_deref() {
+            Some([one]) => Some(one),
             _ => None,
         }
     }
-}
-
-/// How one source fared.
-enum Given {
-    All,
-    Failed(FetchError),
-    /// All bytes came, and they are not the blob.
-    Mismatch,
 }
 
 impl Run<'_> {
@@ -105,62 +52,102 @@ impl Run<'_> {
         if self.is_present(blob, &labels).await? {
             return Ok(());
         }
-        let Some(mut partial) = self.open(blob).await? else {
+        let Some(partial) = self.open(blob).await? else {
             return self.present(blob, &labels).await;
         };
-        let mut tried = Tried::default();
-        for round in 0..self.context.patience.rounds {
-            self.pause(round).await;
-            let sources = self.sources.borrow().clone();
-            for source in &sources {
-                while !tried.is_banned(source) {
-                    match self.pull(blob, source, &mut partial).await? {
-                        Given::Failed(error) => {
-                            tried.note(source, error);
-                            break;
-                        }
-                        Given::All => {
-                            let hashed = partial.verifier.is_some();
-                            match partial.writer.commit(labels.clone()).await {
-                                Ok(()) => {
-                                    self.tracker.complete(&blob.digest, blob.size);
-                                    return Ok(());
-                                }
-                                Err(Error::AlreadyExists(_)) => return self.present(blob, &labels).await,
-                                // The bytes of an earlier writer, which nobody hashed, were wrong.
-                                Err(Error::Mismatch(_)) if !hashed => match self.reopen(blob).await? {
-                                    Some(fresh) => partial = fresh,
-                                    None => return self.present(blob, &labels).await,
-                                },
-                                Err(error) => return Err(error.into()),
-                            }
-                        }
-                        Given::Mismatch => {
-                            if let Some(giver) = partial.sole_giver() {
-                                let wrong = "gave bytes with another digest".to_owned();
-                                tried.note(&giver.clone(), FetchError::Wrong(wrong));
-                            }
-                            drop(partial);
-                            match self.reopen(blob).await? {
-                                Some(fresh) => partial = fresh,
-                                None => return self.present(blob, &labels).await,
-                            }
-                        }
-                    }
-                }
-            }
-            if tried.is_hopeless(&sources) {
-                break;
-            }
-        }
-        Err(tried.into_failure(&blob.digest))
+        let context = self.context.clone();
+        let asked = Asked::new(context, self.wanted.reference.clone(), blob.clone(), self.sources.clone());
+        let outcome = self.obtain_from(&asked, blob, labels, partial).await;
+        self.note_liars(&asked.tried());
+        outcome
     }
 
-    /// The pause before a round: none, then doubling.
-    pub(super) async fn pause(&self, round: u32) {
-        if round > 0 {
-            let pause = self.context.patience.pause.saturating_mul(1 << (round - 1).min(16));
-            tokio::time::sleep(pause.min(MAX_PAUSE)).await;
+    /// Those who gave what was not asked for are told of, however it ended.
+    pub(super) fn note_liars(&self, tried: &Tried) {
+        for node in tried.liars() {
+            self.tracker.lied(node);
+            self.context.metrics.lied(node);
+        }
+    }
+
+    async fn obtain_from(
+        &self,
+        asked: &Asked,
+        blob: &Descriptor,
+        labels: Labels,
+        mut partial: Partial,
+    ) -> Result<(), Failure> {
+        // After a mismatch whose cause is not known: one source at a time, that it be found.
+        let mut only: Option<Source> = None;
+        let mut alone = Vec::new();
+        loop {
+            if self.fill(blob, asked, &mut partial, only.as_ref()).await? {
+                let sole = partial.sole_giver().cloned();
+                let mixed = sole.is_none() && partial.givers.is_some();
+                match partial.writer.commit(labels.clone()).await {
+                    Ok(()) => {
+                        self.tracker.complete(&blob.digest, blob.size);
+                        return Ok(());
+                    }
+                    Err(Error::AlreadyExists(_)) => return self.present(blob, &labels).await,
+                    Err(Error::Mismatch(_)) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                if let Some(giver) = sole {
+                    let wrong = "gave bytes with another digest".to_owned();
+                    asked.tried().note(&giver, FetchError::Wrong(wrong));
+                }
+                only = if mixed { asked.alone(&mut alone) } else { None };
+                if mixed && only.is_none() {
+                    return Err(asked.failure());
+                }
+            } else {
+                // What is left of one source is not gone on with by another, or the bytes would be of two again.
+                only = if only.is_some() { asked.alone(&mut alone) } else { None };
+                if only.is_none() {
+                    return Err(asked.failure());
+                }
+            }
+            match self.reopen(blob).await? {
+                Some(fresh) => partial = fresh,
+                None => return self.present(blob, &labels).await,
+            }
+        }
+    }
+
+    /// Writes what is still wanted of a blob. Tells whether all of it came.
+    async fn fill(
+        &self,
+        blob: &Descriptor,
+        asked: &Asked,
+        partial: &mut Partial,
+        only: Option<&Source>,
+    ) -> Result<bool, Failure> {
+        let mut next = partial.writer.offset();
+        let mut flying: VecDeque<Chunk> = VecDeque::new();
+        loop {
+            while flying.len() < WINDOW && next < blob.size {
+                let room = if flying.is_empty() { None } else { asked.room() };
+                if room.is_none() && !flying.is_empty() {
+                    break;
+                }
+                let length = CHUNK.min(blob.size - next);
+                flying.push_back(asked.chunk(next, length, only.cloned(), room));
+                next += length;
+            }
+            let Some(chunk) = flying.front_mut() else { return Ok(true) };
+            while let Some(Piece { bytes, source }) = chunk.next().await {
+                let length = bytes.len() as u64;
+                partial.writer.write(bytes).await?;
+                self.tracker.moved(&blob.digest, length, &source.node);
+                if let Some(givers) = partial.givers.as_mut().filter(|givers| !givers.contains(&source)) {
+                    givers.push(source);
+                }
+            }
+            let Some(chunk) = flying.pop_front() else { return Ok(true) };
+            if !chunk.whole().await {
+                return Ok(false);
+            }
         }
     }
 
@@ -199,7 +186,7 @@ impl Run<'_> {
     async fn open(&self, blob: &Descriptor) -> Result<Option<Partial>, Failure> {
         match self.containerd().ingest(&self.lease.id, blob).await? {
             Ingest::Present => Ok(None),
-            Ingest::Open(writer) => Ok(Some(Partial::new(writer, blob))),
+            Ingest::Open(writer) => Ok(Some(Partial::new(writer))),
         }
     }
 
@@ -208,45 +195,5 @@ impl Run<'_> {
         self.tracker.lost(&blob.digest);
         self.containerd().abort(&blob.digest).await?;
         self.open(blob).await
-    }
-
-    /// Takes what is still wanted of a blob from one source.
-    async fn pull(
-        &self,
-        blob: &Descriptor,
-        source: &Source,
-        partial: &mut Partial,
-    ) -> Result<Given, Failure> {
-        let offset = partial.writer.offset();
-        if offset < blob.size {
-            let wanted = (Kind::Blob, &blob.digest);
-            let bounds = (Some(blob.size), blob.size);
-            let (context, reference) = (self.context, &self.wanted.reference);
-            let opened =
-                fetch::open(&context.peers, source, reference, wanted, offset, bounds, context.patience);
-            let mut body = match opened.await {
-                Ok(body) => body,
-                Err(error) => return Ok(Given::Failed(error)),
-            };
-            loop {
-                let piece = match body.next(&context.bandwidth).await {
-                    Ok(Some(piece)) => piece,
-                    Ok(None) => break,
-                    Err(error) => return Ok(Given::Failed(error)),
-                };
-                if !partial.givers.contains(source) {
-                    partial.givers.push(source.clone());
-                }
-                if let Some(verifier) = &mut partial.verifier {
-                    verifier.update(&piece);
-                }
-                let length = piece.len() as u64;
-                partial.writer.write(piece).await?;
-                self.tracker.moved(&blob.digest, length, &source.node);
-                context.metrics.received(length);
-            }
-        }
-        let differs = |verifier: Verifier| verifier.finish() != blob.digest;
-        Ok(if partial.verifier.clone().is_some_and(differs) { Given::Mismatch } else { Given::All })
     }
 }

@@ -55,6 +55,14 @@ pub enum Failure {
         /// What it was to stand for.
         wanted: Digest,
     },
+    /// It is larger than the request allows.
+    #[error("the image has {size} bytes, compressed, and {most} are the most that may be salvaged")]
+    TooLarge {
+        /// What this platform needs.
+        size: u64,
+        /// The bound.
+        most: u64,
+    },
     /// containerd's file system is full.
     #[error("the file system of containerd is full: {0}")]
     DiskFull(String),
@@ -116,6 +124,7 @@ impl Failure {
             | Self::NameConflict { .. }
             | Self::DiffId(_)
             | Self::Snapshotter(_)
+            | Self::TooLarge { .. }
             | Self::Unsupported(_) => false,
         }
     }
@@ -135,6 +144,7 @@ impl Failure {
             v1::Cause::Unsupported => "unsupported",
             v1::Cause::Cancelled => "cancelled",
             v1::Cause::PullRecord => "pull_record",
+            v1::Cause::TooLarge => "too_large",
         }
     }
 
@@ -153,6 +163,7 @@ impl Failure {
             Self::Unsupported(_) => v1::Cause::Unsupported,
             Self::Cancelled(_) => v1::Cause::Cancelled,
             Self::PullRecord(_) => v1::Cause::PullRecord,
+            Self::TooLarge { .. } => v1::Cause::TooLarge,
         }
     }
 }

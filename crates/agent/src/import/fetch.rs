@@ -13,7 +13,6 @@ use tote_image::{Digest, Reference};
 use tote_rpc::BlobClient;
 use tote_rpc::identity::{Peer, Role};
 
-use super::bandwidth::Bandwidth;
 use super::request::Source;
 
 /// Bytes that are gathered before they are written: containerd takes pieces of 1 MiB and more best.
@@ -80,23 +79,55 @@ pub struct Body {
     patience: Patience,
 }
 
-/// Asks `source` for a blob from `offset` on. `size` is the blob's, if known; `most` bounds it if not.
-#[allow(clippy::too_many_arguments)]
+/// What of a blob is asked for.
+#[derive(Clone, Copy, Debug)]
+pub enum Span {
+    /// All of it: so many bytes.
+    Whole(u64),
+    /// All of it, however much that is, up to so many bytes.
+    Unknown(u64),
+    /// `length` bytes from `from` on, and not all of it.
+    Part {
+        /// The offset of the first.
+        from: u64,
+        /// How many.
+        length: u64,
+    },
+}
+
+impl Span {
+    /// `length` bytes from `from` on, of a blob of `size` bytes.
+    pub fn of(size: u64, from: u64, length: u64) -> Self {
+        if from == 0 && length == size { Self::Whole(size) } else { Self::Part { from, length } }
+    }
+
+    /// The bytes that are due, or at most are.
+    fn most(self) -> u64 {
+        match self {
+            Self::Whole(length) | Self::Unknown(length) | Self::Part { length, .. } => length,
+        }
+    }
+
+    fn is_exact(self) -> bool {
+        !matches!(self, Self::Unknown(_))
+    }
+}
+
+/// Asks `source` for a blob or a part of it.
 pub async fn open(
     peers: &BlobClient,
     source: &Source,
     reference: &Reference,
     (kind, digest): (Kind, &Digest),
-    offset: u64,
-    (size, most): (Option<u64>, u64),
+    span: Span,
     patience: Patience,
 ) -> Result<Body, FetchError> {
     let (address, name) = (source.address, path(reference));
     let part = if kind == Kind::Manifest { "manifests" } else { "blobs" };
     let uri = format!("https://{address}/v2/{name}/{part}/{digest}?ns={}", reference.registry());
     let mut request = Request::get(uri);
-    if offset > 0 {
-        request = request.header(header::RANGE, format!("bytes={offset}-"));
+    if let Span::Part { from, length } = span {
+        request = request.header(header::RANGE, format!("bytes={from}-{}", from + length - 1));
     }
     let request = request.body(Empty::new()).map_err(|error| FetchError::Broken(error.to_string()))?;
     let response = timeout(patience.head, peers.request(request))
@@ -115,11 +146,12 @@ pub async fn open(
         .get(header::CONTENT_LENGTH)
         .and_then(|length| length.to_str().ok())
         .and_then(|length| length.parse::<u64>().ok());
-    match (response.status(), offset) {
-        (StatusCode::OK, 0) => {}
-        (StatusCode::PARTIAL_CONTENT, 1..) => {
+    match (response.status(), span) {
+        (StatusCode::OK, Span::Whole(_) | Span::Unknown(_)) => {}
+        (StatusCode::PARTIAL_CONTENT, Span::Part { from, length }) => {
             let range = response.headers().get(header::CONTENT_RANGE).and_then(|range| range.to_str().ok());
-            if !range.is_some_and(|range| range.starts_with(&format!("bytes {offset}-"))) {
+            let due = format!("bytes {from}-{}/", from + length - 1);
+            if !range.is_some_and(|range| range.starts_with(&due)) {
                 return Err(FetchError::Wrong("answered another range than was asked for".to_owned()));
             }
         }
@@ -131,33 +163,29 @@ pub async fn open(
         }
         (status, _) => return Err(FetchError::Broken(format!("answered {status}"))),
     }
-    let left = size.unwrap_or(most).saturating_sub(offset);
+    let left = span.most();
     if let Some(length) = length
-        && (length > left || (size.is_some() && length != left))
+        && (length > left || (span.is_exact() && length != left))
     {
         return Err(FetchError::Wrong(format!("announced {length} bytes where {left} are due")));
     }
     let incoming = response.into_body();
     let gathered = BytesMut::new();
-    Ok(Body { incoming, left, exact: size.is_some(), gathered, ended: false, broken: None, patience })
+    Ok(Body { incoming, left, exact: span.is_exact(), gathered, ended: false, broken: None, patience })
 }
 
 impl Body {
     /// The next piece; nothing when all has come.
-    pub async fn next(&mut self, bandwidth: &Bandwidth) -> Result<Option<Bytes>, FetchError> {
+    pub async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
         let deadline = tokio::time::Instant::now() + self.patience.piece;
         while self.gathered.len() < PIECE && !self.ended {
             match tokio::time::timeout_at(deadline, self.incoming.frame()).await {
                 Err(_) => {
-                    self.ended = true;
                     let within = self.patience.piece.as_secs_f32();
-                    self.broken = Some(FetchError::Broken(format!("less than 1 MiB came within {within} s")));
+                    self.end(FetchError::Broken(format!("less than 1 MiB came within {within} s")));
                 }
                 Ok(None) => self.ended = true,
-                Ok(Some(Err(error))) => {
-                    self.ended = true;
-                    self.broken = Some(FetchError::Broken(told(&error)));
-                }
+                Ok(Some(Err(error))) => self.end(FetchError::Broken(told(&error))),
                 Ok(Some(Ok(frame))) => {
                     if let Some(data) = frame.data_ref() {
                         if data.len() as u64 > self.left {
@@ -179,9 +207,13 @@ impl Body {
                 Ok(None)
             };
         }
-        let piece = self.gathered.split_to(self.gathered.len().min(PIECE)).freeze();
-        bandwidth.take(piece.len()).await;
-        Ok(Some(piece))
+        Ok(Some(self.gathered.split_to(self.gathered.len().min(PIECE)).freeze()))
+    }
+
+    /// Nothing more is read; what has come is given out, and then the reason.
+    pub fn end(&mut self, reason: FetchError) {
+        self.ended = true;
+        self.broken.get_or_insert(reason);
     }
 }
 

@@ -3,8 +3,8 @@
 //! State that must survive the agent is in containerd alone: a lease whose label names the transfer, and the
 //! partial ingests it holds.
 
-mod bandwidth;
 mod blob;
+mod chunk;
 mod failure;
 mod fetch;
 mod flights;
@@ -13,6 +13,7 @@ mod publish;
 mod request;
 mod resolve;
 mod run;
+mod traffic;
 mod transfer;
 
 use std::collections::HashMap;
@@ -28,13 +29,13 @@ use tote_image::Digest;
 
 use crate::containerd;
 
-pub use bandwidth::{Bandwidth, Rate, RateError};
 pub use failure::Failure;
 pub use fetch::Patience;
 pub use flights::Flights;
 pub use progress::{Imported, Progress, State};
 pub use request::{ImportRequest, RequestError, Source, TransferId, Wanted};
 pub use run::Context;
+pub use traffic::Traffic;
 pub use transfer::Attached;
 
 use transfer::Transfer;

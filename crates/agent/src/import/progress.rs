@@ -22,6 +22,8 @@ pub struct Progress {
     pub reused: u64,
     /// Nodes that bytes came from.
     pub sources: BTreeSet<String>,
+    /// Nodes that gave bytes that are not what was asked for.
+    pub liars: BTreeSet<String>,
 }
 
 /// An image that was imported.
@@ -86,6 +88,13 @@ impl Tracker {
         });
     }
 
+    /// A node gave a blob otherwise than it is.
+    pub(super) fn lied(&self, node: &str) {
+        self.state.send_modify(|state| {
+            state.progress.liars.insert(node.to_owned());
+        });
+    }
+
     /// What had come of a blob was thrown away.
     pub(super) fn lost(&self, digest: &Digest) {
         self.lock().entry(digest.clone()).or_default().0 = 0;
@@ -133,6 +142,7 @@ impl From<&State> for v1::ImportEvent {
                 source_nodes,
                 image_id: imported.image_id.to_string(),
                 names: imported.names.clone(),
+                lying_nodes: progress.liars.iter().cloned().collect(),
             }),
             Some(Err(failure)) => Event::Failed(failure.into()),
         };

@@ -22,6 +22,8 @@ pub struct Source {
     pub node: String,
     /// Where its distribution API listens.
     pub address: SocketAddr,
+    /// Whether it is to be asked only where no other gives what is wanted.
+    pub last_resort: bool,
 }
 
 /// What to import.
@@ -44,6 +46,8 @@ pub struct ImportRequest {
     pub sources: Vec<Source>,
     /// Who alone may have it; `None` restricts nothing.
     pub restriction: Option<Restriction>,
+    /// The most bytes that it may have.
+    pub max_bytes: Option<u64>,
 }
 
 /// Which field of a request is wrong, and how.
@@ -107,18 +111,29 @@ impl TryFrom<v1::ImportRequest> for ImportRequest {
             let address = source.address.parse().map_err(|_| {
                 wrong("sources.address", &source.address, &"must be ip:port, as in 10.0.0.7:9090")
             })?;
-            Ok(Source { node: source.node_name, address })
+            Ok(Source { node: source.node_name, address, last_resort: source.last_resort })
         });
         let sources = sources.collect::<Result<_, _>>()?;
         let restriction = request.pulled.map(|pulled| Restriction::parse(pulled, &reference)).transpose();
         let restriction = restriction.map_err(|(field, value, reason)| wrong(field, &value, &reason))?;
-        Ok(Self { id, wanted: Wanted { reference, digest }, sources, restriction })
+        let max_bytes = match u64::try_from(request.max_bytes) {
+            Ok(0) => None,
+            Ok(most) => Some(most),
+            Err(_) => {
+                return Err(wrong("max_bytes", &request.max_bytes.to_string(), &"must not be negative"));
+            }
+        };
+        Ok(Self { id, wanted: Wanted { reference, digest }, sources, restriction, max_bytes })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn source(address: &str) -> v1::Source {
+        v1::Source { node_name: "n".to_owned(), address: address.to_owned(), last_resort: false }
+    }
 
     fn request() -> v1::ImportRequest {
         let digest = Digest::sha256(b"x").to_string();
@@ -127,8 +142,9 @@ mod tests {
             transfer_id: "t-1".to_owned(),
             reference: format!("registry.test/a/b@{digest}"),
             digest,
-            sources: vec![v1::Source { node_name: "n".to_owned(), address: "10.0.0.7:9090".to_owned() }],
+            sources: vec![source("10.0.0.7:9090")],
             pulled: None,
+            max_bytes: 0,
         }
     }
 
@@ -142,7 +158,6 @@ mod tests {
     #[test]
     fn says_which_field_is_wrong() {
         let other = Digest::sha256(b"y").to_string();
-        let source = |address: &str| v1::Source { node_name: "n".to_owned(), address: address.to_owned() };
         let cases: Vec<(v1::ImportRequest, &str)> = vec![
             (v1::ImportRequest { transfer_id: String::new(), ..request() }, "transfer_id \"\""),
             (v1::ImportRequest { transfer_id: "a/b".to_owned(), ..request() }, "transfer_id \"a/b\""),
@@ -153,6 +168,7 @@ mod tests {
             ),
             (v1::ImportRequest { reference: "a b".to_owned(), ..request() }, "reference \"a b\""),
             (v1::ImportRequest { digest: "sha256:12".to_owned(), ..request() }, "digest \"sha256:12\""),
+            (v1::ImportRequest { max_bytes: -1, ..request() }, "max_bytes \"-1\""),
             (v1::ImportRequest { digest: other, ..request() }, "differs from the digest in the reference"),
             (
                 v1::ImportRequest { sources: vec![source("somewhere")], ..request() },

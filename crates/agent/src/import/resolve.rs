@@ -7,9 +7,9 @@ use tote_image::{
     Descriptor, Digest, Document, DocumentError, MAX_DOCUMENT_BYTES, Manifest, Platform, chain_ids, diff_ids,
 };
 
-use super::blob::Tried;
+use super::chunk::Tried;
 use super::failure::Failure;
-use super::fetch::{self, FetchError, Kind};
+use super::fetch::{self, FetchError, Kind, Span};
 use super::run::Run;
 use crate::containerd::{Error, Ingest, Labels, Layer, gc_labels};
 
@@ -171,30 +171,39 @@ impl Run<'_> {
 
     async fn fetched(&self, kind: Kind, digest: &Digest, size: Option<u64>) -> Result<Bytes, Failure> {
         let mut tried = Tried::default();
-        for round in 0..self.context.patience.rounds {
-            self.pause(round).await;
+        let outcome = self.fetched_from(&mut tried, kind, digest, size).await;
+        self.note_liars(&tried);
+        outcome
+    }
+
+    async fn fetched_from(
+        &self,
+        tried: &mut Tried,
+        kind: Kind,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Bytes, Failure> {
+        loop {
             let sources = self.sources.borrow().clone();
-            for source in &sources {
-                if tried.is_banned(source) {
-                    continue;
+            let Some(source) = tried.left(&sources).into_iter().next() else {
+                if !tried.again(&sources, self.context.patience.rounds) {
+                    return Err(tried.failure(digest));
                 }
-                match self.whole(source, kind, digest, size).await {
-                    Ok(bytes) if digest.matches(&bytes) => {
-                        self.tracker.moved(digest, bytes.len() as u64, &source.node);
-                        self.context.metrics.received(bytes.len() as u64);
-                        return Ok(bytes);
-                    }
-                    Ok(_) => {
-                        tried.note(source, FetchError::Wrong("gave bytes with another digest".to_owned()));
-                    }
-                    Err(error) => tried.note(source, error),
+                tokio::time::sleep(tried.pause(self.context.patience.pause)).await;
+                continue;
+            };
+            match self.whole(&source, kind, digest, size).await {
+                Ok(bytes) if digest.matches(&bytes) => {
+                    self.tracker.moved(digest, bytes.len() as u64, &source.node);
+                    self.context.metrics.received(bytes.len() as u64);
+                    return Ok(bytes);
                 }
-            }
-            if tried.is_hopeless(&sources) {
-                break;
+                Ok(_) => {
+                    tried.note(&source, FetchError::Wrong("gave bytes with another digest".to_owned()));
+                }
+                Err(error) => tried.note(&source, error),
             }
         }
-        Err(tried.into_failure(digest))
     }
 
     async fn whole(
@@ -205,12 +214,12 @@ impl Run<'_> {
         size: Option<u64>,
     ) -> Result<Bytes, FetchError> {
         let (context, reference) = (self.context, &self.wanted.reference);
-        let bounds = (size, MAX_DOCUMENT_BYTES);
-        let opened =
-            fetch::open(&context.peers, source, reference, (kind, digest), 0, bounds, context.patience);
+        let span = size.map_or(Span::Unknown(MAX_DOCUMENT_BYTES), Span::Whole);
+        let opened = fetch::open(&context.peers, source, reference, (kind, digest), span, context.patience);
         let mut body = opened.await?;
         let mut bytes = Vec::new();
-        while let Some(piece) = body.next(&context.bandwidth).await? {
+        while let Some(piece) = body.next().await? {
+            context.bandwidth.take(piece.len()).await;
             bytes.extend_from_slice(&piece);
         }
         Ok(bytes.into())
@@ -247,6 +256,10 @@ fn check_media_types(manifest: &Manifest) -> Result<(), Failure> {
         let is_layer = (kind.starts_with("application/vnd.oci.image.layer.")
             || kind.starts_with("application/vnd.docker.image.rootfs."))
             && !kind.contains("encrypted");
+        if kind.contains("nondistributable") || kind.contains("foreign") {
+            let message = format!("layer {} is of type {kind}: it is not to be given on", layer.digest);
+            return Err(Failure::Unsupported(message));
+        }
         if !is_layer {
             return Err(Failure::Unsupported(format!("a layer of type {kind} cannot be unpacked")));
         }

@@ -6,24 +6,28 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures::{StreamExt, TryStreamExt, stream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tote_image::{Descriptor, Digest};
 use tote_rpc::BlobClient;
 use tote_rpc::v1::Stage;
 
-use super::bandwidth::Bandwidth;
 use super::failure::Failure;
 use super::fetch::Patience;
 use super::flights::Flights;
 use super::progress::{Imported, Tracker};
 use super::request::{Source, Wanted};
 use super::resolve::Image;
+use super::traffic::Traffic;
+use crate::bandwidth::Bandwidth;
 use crate::containerd::{self, Containerd, Labels, Layer, Lease, SNAPSHOT_LABEL, UNCOMPRESSED_LABEL};
 use crate::kubelet::{Records, Restriction};
 use crate::metrics::Metrics;
 
 /// How many layers of one image move at once.
 const CONCURRENT_BLOBS: usize = 3;
+
+/// How many chunks of 2 MiB may be here, or on their way, before those that are being written.
+const AHEAD: usize = 8;
 
 /// How long a lease lasts if nobody deletes it: well beyond any transfer's deadline.
 const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -44,6 +48,10 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// Who moves which blob.
     pub flights: Flights,
+    /// How busy the peers are, and how fast.
+    pub traffic: Traffic,
+    /// Room for what comes before it can be written, in chunks.
+    pub ahead: Arc<Semaphore>,
     /// Where kubelet writes down who may have an image.
     pub records: Option<Arc<Records>>,
 }
@@ -60,6 +68,8 @@ impl Context {
             visible_within: Duration::from_secs(60),
             metrics: Arc::default(),
             flights: Flights::default(),
+            traffic: Traffic::default(),
+            ahead: Arc::new(Semaphore::new(AHEAD)),
             records: None,
         }
     }
@@ -67,10 +77,11 @@ impl Context {
 
 /// One run.
 pub(super) struct Run<'a> {
-    pub context: &'a Context,
+    pub context: &'a Arc<Context>,
     pub wanted: &'a Wanted,
     pub sources: watch::Receiver<Vec<Source>>,
     pub restriction: watch::Receiver<Option<Restriction>>,
+    pub max_bytes: Option<u64>,
     pub tracker: &'a Tracker,
     pub lease: Lease,
 }
@@ -91,7 +102,12 @@ impl Run<'_> {
             Err(error) => return Err(error.into()),
         }
         let image = self.resolve(&facts.platform).await?;
-        self.tracker.total(image.total());
+        let size = image.total();
+        if let Some(most) = self.max_bytes.filter(|most| size > *most) {
+            return Err(Failure::TooLarge { size, most });
+        }
+        self.tracker.total(size);
+        self.check_space(&image).await?;
         self.tracker.stage(Stage::Moving);
         self.move_and_unpack(&image, &snapshotter).await?;
         self.tracker.stage(Stage::Publishing);
@@ -101,6 +117,23 @@ impl Run<'_> {
         let imported = self.publish(&image).await?;
         self.restrict(&image).await?;
         Ok(imported)
+    }
+
+    /// That what is missing fits on the disk, before it moves; unpacked it takes more, which nothing tells beforehand.
+    async fn check_space(&self, image: &Image) -> Result<(), Failure> {
+        let Some(free) = self.containerd().free_space().await? else { return Ok(()) };
+        let mut missing = 0_u64;
+        let mut seen = HashSet::new();
+        for layer in image.manifest.layers.iter().filter(|layer| seen.insert(&layer.digest)) {
+            if self.containerd().blob(&layer.digest).await?.is_none() {
+                missing = missing.saturating_add(layer.size);
+            }
+        }
+        if missing > free {
+            let says = format!("{missing} bytes are missing of the image, and {free} are free");
+            return Err(Failure::DiskFull(says));
+        }
+        Ok(())
     }
 
     /// Writes down for kubelet who alone may have the image.

@@ -29,6 +29,7 @@ pub(super) struct Transfer {
     wanted: Wanted,
     sources: watch::Sender<Vec<Source>>,
     restriction: watch::Sender<Option<Restriction>>,
+    max_bytes: Option<u64>,
     tracker: Tracker,
     cancel: CancellationToken,
     /// Set once nothing more will happen.
@@ -83,13 +84,14 @@ impl Drop for Attached {
 
 impl Transfer {
     pub(super) fn new(request: ImportRequest) -> Self {
-        let ImportRequest { id, wanted, sources, restriction } = request;
+        let ImportRequest { id, wanted, sources, restriction, max_bytes } = request;
         let status = Status { attached: 0, since: Instant::now(), reason: "cancelled", kept: false };
         Self {
             id,
             wanted,
             sources: watch::Sender::new(sources),
             restriction: watch::Sender::new(restriction),
+            max_bytes,
             tracker: Tracker::default(),
             cancel: CancellationToken::new(),
             over: CancellationToken::new(),
@@ -152,7 +154,7 @@ impl Transfer {
     }
 
     /// Runs the transfer to its end, or until `stop`, which leaves everything as it is.
-    pub(super) async fn drive(&self, context: &Context, slots: &Semaphore, stop: &CancellationToken) {
+    pub(super) async fn drive(&self, context: &Arc<Context>, slots: &Semaphore, stop: &CancellationToken) {
         let _over = self.over.clone().drop_guard();
         context.metrics.import_started();
         let outcome = tokio::select! {
@@ -184,7 +186,7 @@ impl Transfer {
         self.tracker.end(outcome);
     }
 
-    async fn run(&self, context: &Context, slots: &Semaphore) -> Result<Imported, Failure> {
+    async fn run(&self, context: &Arc<Context>, slots: &Semaphore) -> Result<Imported, Failure> {
         let Ok(_slot) = slots.acquire().await else {
             return Err(Failure::Cancelled("ended: the agent is stopping"));
         };
@@ -193,7 +195,8 @@ impl Transfer {
         let lease = Lease { id: format!("tote-{transfer}-{nanos:x}"), transfer };
         let sources = self.sources.subscribe();
         let restriction = self.restriction.subscribe();
-        let run = Run { context, wanted: &self.wanted, sources, restriction, tracker: &self.tracker, lease };
+        let (wanted, max_bytes, tracker) = (&self.wanted, self.max_bytes, &self.tracker);
+        let run = Run { context, wanted, sources, restriction, max_bytes, tracker, lease };
         let mut restarts = 0;
         loop {
             match run.import().await {

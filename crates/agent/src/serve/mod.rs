@@ -31,6 +31,7 @@ use self::answer::Refusal;
 use self::feed::{Turn, Uploads};
 pub use self::grants::{GrantError, Grants, blobs_below};
 use self::path::{Asked, Path, Version};
+use crate::bandwidth::Bandwidth;
 use crate::containerd::{ByteStream, Containerd, Error};
 use crate::metrics::Metrics;
 
@@ -45,13 +46,16 @@ pub struct Served {
     pub grants: Grants,
     /// How long a reader may leave a piece that was sent to it.
     pub stall: Duration,
+    /// The cap on what is sent, to all readers together.
+    pub upload: Bandwidth,
     uploads: Arc<Uploads>,
 }
 
 impl Served {
     /// With nothing granted to anybody.
     pub fn new(containerd: Arc<dyn Containerd>, metrics: Arc<Metrics>) -> Self {
-        Self { containerd, metrics, grants: Grants::default(), stall: STALL, uploads: Arc::default() }
+        let (grants, upload, uploads) = (Grants::default(), Bandwidth::default(), Arc::default());
+        Self { containerd, metrics, grants, stall: STALL, upload, uploads }
     }
 }
 
@@ -83,7 +87,16 @@ impl Reader<'_> {
         let (grants, node, blob) = (self.served.grants.clone(), self.node.clone(), digest.clone());
         let metrics = self.served.metrics.clone();
         let may_read = move || grants.allow(&node, &blob, Instant::now());
-        Body::from_stream(feed::feed(pieces, turn, may_read, move |n| metrics.served(n), self.served.stall))
+        let upload = self.served.upload.clone();
+        let pieces = pieces.then(move |piece| {
+            let upload = upload.clone();
+            async move {
+                upload.take(piece.as_ref().map_or(0, Bytes::len)).await;
+                piece
+            }
+        });
+        let sent = move |n| metrics.served(n);
+        Body::from_stream(feed::feed(pieces.boxed(), turn, may_read, sent, self.served.stall))
     }
 
     fn denied(&self, what: &str) -> Refusal {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::{Containerd as _, Fake};
-use tote_agent::import::Bandwidth;
 
 use crate::peers::{LIFETIMES, Peer, agent, agent_with, import, request};
 use crate::{NAME, check_complete, check_nothing, eventually, image};

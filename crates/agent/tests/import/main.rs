@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(clippy::cloned_ref_to_slice_refs, reason = "an array reads as what is compared")]
 
+mod bounds;
 mod hostile;
 mod killed;
 mod peers;
 mod records;
 mod repair;
 mod shared;
+mod sources;
 
 use std::time::Duration;
 

@@ -14,8 +14,9 @@ use http::StatusCode;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::Fake;
-use tote_agent::import::{Bandwidth, Context, ImportRequest, Imports, Lifetimes, Patience, TransferId};
+use tote_agent::import::{Context, ImportRequest, Imports, Lifetimes, Patience, TransferId};
 use tote_agent::serve::{Served, router};
 use tote_agent::testing::Blobs;
 use tote_image::Digest;
@@ -46,6 +47,8 @@ pub enum Trick {
     Short(usize),
     /// Nothing, not even a head.
     Hang,
+    /// All of it, so many bytes a second.
+    Slow(u64),
     /// This status.
     Status(u16),
     /// To another address.
@@ -81,7 +84,7 @@ impl Peer {
             let last = request.uri().path().rsplit('/').next().and_then(|last| last.parse::<Digest>().ok());
             let from = request.headers().get("range").map_or(0, |range| {
                 let range = range.to_str().unwrap().trim_start_matches("bytes=");
-                range.trim_end_matches('-').parse().unwrap()
+                range.split_once('-').unwrap().0.parse().unwrap()
             });
             let trick = last.and_then(|digest| {
                 counting.lock().unwrap().entry(digest.clone()).or_default().push(from);
@@ -153,6 +156,14 @@ async fn perform(trick: Trick, answer: Response) -> Response {
             Body::from_stream(stream::iter([first(count)]))
         }
         Trick::Hang => std::future::pending().await,
+        Trick::Slow(rate) => {
+            let piece = usize::try_from(rate / 50).unwrap();
+            let pieces: Vec<Bytes> = bytes.chunks(piece).map(Bytes::copy_from_slice).collect();
+            Body::from_stream(stream::iter(pieces).then(|piece| async {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                Ok::<_, std::io::Error>(piece)
+            }))
+        }
         Trick::Redirect(to) => {
             parts.status = StatusCode::TEMPORARY_REDIRECT;
             parts.headers.remove("content-length");
@@ -195,8 +206,11 @@ pub fn context(fake: &Fake, bandwidth: Bandwidth) -> Context {
 }
 
 pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRequest {
-    let source =
-        |peer: &&Peer| v1::Source { node_name: peer.node.clone(), address: peer.address.to_string() };
+    let source = |peer: &&Peer| v1::Source {
+        node_name: peer.node.clone(),
+        address: peer.address.to_string(),
+        last_resort: false,
+    };
     let request = v1::ImportRequest {
         term: None,
         transfer_id: id.to_owned(),
@@ -204,6 +218,7 @@ pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRe
         digest: image.target.digest.to_string(),
         sources: peers.iter().map(source).collect(),
         pulled: None,
+        max_bytes: 0,
     };
     request.try_into().unwrap()
 }

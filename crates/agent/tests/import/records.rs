@@ -4,8 +4,9 @@ use std::fs;
 use std::sync::Arc;
 
 use tempfile::TempDir;
+use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::{Containerd as _, Fake};
-use tote_agent::import::{Bandwidth, Context, ImportRequest, Imports, Lifetimes};
+use tote_agent::import::{Context, ImportRequest, Imports, Lifetimes};
 use tote_agent::kubelet::{Records, Restriction};
 use tote_agent::testing::Blobs;
 use tote_rpc::v1;

@@ -58,6 +58,8 @@ pub enum Action {
         sources: Vec<Source>,
         /// Who alone may have it, for the target's kubelet; `None` if nothing restricts it.
         pulled: Option<v1::PulledRepository>,
+        /// The most bytes that it may have; 0 for any.
+        max_bytes: i64,
     },
     /// Let go of a job's stream without ending the transfer.
     Detach {

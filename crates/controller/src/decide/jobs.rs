@@ -303,6 +303,11 @@ impl State {
             digest: digest.clone(),
             sources,
             pulled,
+            max_bytes: self
+                .policy
+                .images
+                .max_size
+                .map_or(0, |size| i64::try_from(size.bytes()).unwrap_or(i64::MAX)),
         });
     }
 

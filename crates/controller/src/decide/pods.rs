@@ -176,7 +176,7 @@ impl State {
         now: Timestamp,
         again: &mut Option<Timestamp>,
     ) {
-        if let Some(denied) = self.world.pattern_refusal(reference, digest) {
+        if let Some(denied) = self.world.refusal(reference, digest, &entry.pod.node) {
             let note = format!("{} is not salvaged: {denied}", wait.image);
             entry.not_actionable(wait, "ImageDenied", &note, &mut self.actions);
             return;

@@ -1,8 +1,9 @@
 //! One image on one node, as its agent tells it. Pure; must not know of other nodes.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use tote_image::{Digest, Platform};
+use tote_image::{Digest, MAX_CHILDREN, Platform};
 use tote_rpc::v1;
 
 use crate::access::Pulled;
@@ -27,6 +28,10 @@ pub struct Manifest {
     pub platform: Platform,
     /// Whether config and layers are all there.
     pub complete: bool,
+    /// Config and layers that are not there; `None` if some are, and the agent does not tell which.
+    pub missing: Option<BTreeSet<Digest>>,
+    /// Bytes of manifest, config and layers, compressed.
+    pub size: u64,
     /// When its config says the image was made, in seconds since 1970; 0 if that is not known.
     pub created: i64,
     /// The config's digest: what CRI, and so kubelet, knows the image by.
@@ -46,6 +51,13 @@ pub enum Holder {
     OtherPlatform,
 }
 
+/// What an agent says that it lacks. A digest that is none would never be found elsewhere either.
+fn missing(manifest: &v1::Manifest) -> Option<BTreeSet<Digest>> {
+    let missing = manifest.missing.iter().take(MAX_CHILDREN + 1).map(|digest| digest.parse().ok());
+    let missing: BTreeSet<Digest> = missing.collect::<Option<_>>()?;
+    (manifest.complete || !missing.is_empty()).then_some(missing)
+}
+
 impl Image {
     /// Takes an agent's word for an image; one with a malformed digest is nobody's.
     pub fn from_wire(image: &v1::Image) -> Option<Self> {
@@ -63,6 +75,8 @@ impl Image {
                         digest: m.digest.parse().ok()?,
                         platform: platform(m.platform.as_ref()),
                         complete: m.complete,
+                        missing: missing(m),
+                        size: u64::try_from(m.size).unwrap_or_default(),
                         created: m.created.max(0),
                         image_id: m.config_digest.parse().ok(),
                         pulled: m.pulled.as_ref().map(|record| Arc::new(Pulled::from_wire(record))),

@@ -281,6 +281,30 @@ impl Inventory {
         holders
     }
 
+    /// Whether `nodes` hold every blob of `digest` (of an index or a manifest) for `platform` between them, though none of them
+    /// holds all.
+    pub fn is_whole_together(
+        &self,
+        digest: &Digest,
+        platform: Option<&Platform>,
+        nodes: &[NodeName],
+    ) -> bool {
+        let mut lacks: BTreeMap<&Digest, BTreeSet<&Digest>> = BTreeMap::new();
+        let held = self.by_digest.get(digest).into_iter().flatten();
+        for (name, target) in held.filter(|(name, _)| nodes.contains(name)) {
+            let image = self.nodes.get(name).and_then(|node| node.images.get(target));
+            for manifest in image.into_iter().flat_map(|image| image.suiting(digest, platform)) {
+                let Some(missing) = &manifest.missing else { continue };
+                let missing = missing.iter().collect::<BTreeSet<_>>();
+                lacks
+                    .entry(&manifest.digest)
+                    .and_modify(|known| known.retain(|blob| missing.contains(blob)))
+                    .or_insert(missing);
+            }
+        }
+        lacks.values().any(BTreeSet::is_empty)
+    }
+
     /// When the image of `digest` (of an index or a manifest) for `platform` was made, in seconds since 1970; `None`
     /// if no node that holds it knows.
     pub fn created(&self, digest: &Digest, platform: Option<&Platform>) -> Option<i64> {
@@ -288,6 +312,14 @@ impl Inventory {
         let images = held.filter_map(|(name, target)| self.nodes.get(name)?.images.get(target));
         let suit = images.flat_map(|image| image.suiting(digest, platform));
         suit.map(|m| m.created).max().filter(|created| *created > 0)
+    }
+
+    /// How large the image of `digest` (of an index or a manifest) for `platform` is, in bytes and compressed; `None` if no
+    /// node that holds it knows. Where nodes differ, which they cannot, the largest.
+    pub fn size(&self, digest: &Digest, platform: Option<&Platform>) -> Option<u64> {
+        let held = self.by_digest.get(digest).into_iter().flatten();
+        let images = held.filter_map(|(name, target)| self.nodes.get(name)?.images.get(target));
+        images.flat_map(|image| image.suiting(digest, platform)).map(|m| m.size).max()
     }
 
     /// The images (by their IDs) that `digest` (of an index or a manifest) is on the nodes; for `platform` alone, if it is

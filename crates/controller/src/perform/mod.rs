@@ -96,10 +96,22 @@ impl Performer {
             }
             Action::RemoveImage { node, digest } => self.remove(node, &digest),
             Action::LookUp(question) => self.look_up(question),
-            Action::Import { uid, stream, node, transfer_id, reference, digest, sources, pulled } => {
-                let sources = sources
-                    .into_iter()
-                    .map(|source| v1::Source { node_name: source.node.to_string(), address: source.address });
+            Action::Import {
+                uid,
+                stream,
+                node,
+                transfer_id,
+                reference,
+                digest,
+                sources,
+                pulled,
+                max_bytes,
+            } => {
+                let sources = sources.into_iter().map(|source| v1::Source {
+                    node_name: source.node.to_string(),
+                    address: source.address,
+                    last_resort: source.last_resort,
+                });
                 let request = v1::ImportRequest {
                     term: Some(self.term.clone()),
                     transfer_id,
@@ -107,6 +119,7 @@ impl Performer {
                     digest: digest.to_string(),
                     sources: sources.collect(),
                     pulled,
+                    max_bytes,
                 };
                 tracing::info!(job = %uid, transfer = request.transfer_id, image = request.reference, %node,
                     sources = request.sources.len(), "import");

@@ -29,6 +29,8 @@ fn fleet(items: &[(&str, u8, &str, &str, bool)]) -> Inventory {
                     digest: digest(*target + 100),
                     platform: Platform::new("linux", architecture, ""),
                     complete: *complete,
+                    size: 1 << 20,
+                    missing: None,
                     created: 0,
                     image_id: None,
                     pulled: None,
@@ -146,6 +148,8 @@ fn the_newest_is_taken_by_policy_and_only_if_it_is_known_which() {
                 digest: digest(n + 100),
                 platform,
                 complete: node != "c",
+                size: 1 << 20,
+                missing: None,
                 created: *created,
                 image_id: None,
                 pulled: None,
@@ -199,4 +203,37 @@ fn says_why() {
     );
     assert_eq!(words(Why::Agreed { nodes: 1 }), "what the tag means on 1 node");
     assert_eq!(words(Why::Newest { of: 2 }), "the newest of 2 images that the tag means");
+}
+
+#[test]
+fn what_nodes_hold_between_them_is_found() {
+    let lacking = |parts: &[(&str, &[u8])]| {
+        let mut fleet = fleet(&[]);
+        for (node, missing) in parts {
+            let manifest = Manifest {
+                digest: digest(101),
+                platform: Platform::new("linux", "amd64", ""),
+                complete: false,
+                size: 1 << 20,
+                missing: (!missing.is_empty()).then(|| missing.iter().map(|n| digest(*n)).collect()),
+                created: 0,
+                image_id: None,
+                pulled: None,
+            };
+            let names = vec!["r.test/x:1".into()];
+            fleet.upsert(&(*node).into(), Image { target: digest(1), names, manifests: vec![manifest] });
+        }
+        ask("r.test/x:1", &fleet)
+    };
+    let agreed = |nodes| Why::Agreed { nodes };
+    assert_eq!(lacking(&[("a", &[11]), ("b", &[12, 13])]), found(1, agreed(2), &["a", "b"]));
+    assert_eq!(
+        lacking(&[("a", &[11]), ("c", &[12])]),
+        found(1, agreed(2), &["a"]),
+        "the target has the rest"
+    );
+    let nodes = nodes(&["a", "b"]);
+    let incomplete = Resolution::Missing(Missing::Incomplete { digest: digest(1), nodes });
+    assert_eq!(lacking(&[("a", &[11, 12]), ("b", &[12, 13])]), incomplete, "nobody has 12");
+    assert_eq!(lacking(&[("a", &[11]), ("b", &[])]), incomplete, "one does not tell what it lacks");
 }

@@ -95,6 +95,8 @@ pub struct Source {
     pub node: NodeName,
     /// `ip:port` of its agent.
     pub address: String,
+    /// Whether it is to be asked only where no other gives what is wanted.
+    pub last_resort: bool,
 }
 
 /// How far a transfer is, in bytes.
@@ -108,6 +110,8 @@ pub struct Progress {
     pub reused: i64,
     /// The nodes they came from.
     pub source_nodes: Vec<String>,
+    /// Nodes that gave bytes that are not what was asked for.
+    pub lying_nodes: Vec<String>,
 }
 
 impl Job {

@@ -232,7 +232,7 @@ fn look(
     };
     match question.resolve(&world.fleet, world.tags) {
         Resolution::Found { digest, why, sources, on_target } => {
-            if let Some(refusal) = world.pattern_refusal(&wanted.reference, &digest) {
+            if let Some(refusal) = world.refusal(&wanted.reference, &digest, &job.spec.node_name) {
                 let message = format!("{} may not be salvaged: {refusal}", job.spec.image);
                 return Err(Step::Wait { reason: "ImageDenied", message, cancel: true, access: None });
             }
@@ -329,12 +329,16 @@ fn reattach(given: &[Source], available: &[Source]) -> Step {
             Step::Keep
         };
     }
-    let lost = given.iter().any(|source| !available.contains(source));
+    // Not by what else is said of it: that changes with every cordon.
+    let is_among = |source: &Source, list: &[Source]| {
+        list.iter().any(|other| (&other.node, &other.address) == (&source.node, &source.address))
+    };
+    let lost = given.iter().any(|source| !is_among(source, available));
     if !lost {
         return Step::Keep;
     }
     let (kept, others): (Vec<Source>, Vec<Source>) =
-        available.iter().cloned().partition(|source| given.contains(source));
+        available.iter().cloned().partition(|source| is_among(source, given));
     Step::Attach { sources: kept.into_iter().chain(others).collect() }
 }
 

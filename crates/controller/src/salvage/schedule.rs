@@ -108,6 +108,9 @@ pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> V
         let reluctance = |source: &Source| demand.reluctance.get(&source.node).copied().unwrap_or(0);
         free.sort_by_key(|source| (reluctance(source), load(source), source.node.clone()));
         free.truncate(MAX_SOURCES);
+        for source in &mut free {
+            source.last_resort = reluctance(source) > 0;
+        }
         total += 1;
         *targets.entry(demand.node.clone()).or_default() += 1;
         for source in &free {
@@ -126,7 +129,7 @@ mod tests {
     const LIMITS: Limits = Limits { cluster: 3, target: 2, source: 2 };
 
     fn source(node: &str) -> Source {
-        Source { node: node.into(), address: format!("{node}:9090") }
+        Source { node: node.into(), address: format!("{node}:9090"), last_resort: false }
     }
 
     fn demand(origin: &str, digest: u8, node: &str, sources: &[&str]) -> Demand {
@@ -192,9 +195,10 @@ mod tests {
         let mut wide = demand("x", 1, "n", &["a", "b", "c"]);
         wide.reluctance = [("b".into(), 2), ("c".into(), 1)].into();
         let turns = schedule(&[wide.clone()], &[busy], LIMITS);
-        assert_eq!(turns, [Turn::Start(["a", "c", "b"].map(source).into())]);
+        let spared = |node: &str| Source { last_resort: true, ..source(node) };
+        assert_eq!(turns, [Turn::Start(vec![source("a"), spared("c"), spared("b")])]);
         wide.sources = vec![source("b")];
-        assert_eq!(schedule(&[wide], &[], LIMITS), [Turn::Start(vec![source("b")])]);
+        assert_eq!(schedule(&[wide], &[], LIMITS), [Turn::Start(vec![spared("b")])]);
     }
 
     #[test]

@@ -164,7 +164,11 @@ pub fn progress(job: &mut Job, progress: &Progress) {
 pub fn imported_message(job: &Job, progress: &Progress) -> String {
     let digest = job.status.digest.as_deref().unwrap_or_default();
     let moved = super::plan::moved(progress.transferred, &progress.source_nodes);
-    format!("{digest} is on node {}, {moved}, as {}", job.spec.node_name, job.spec.image)
+    let lied = match &progress.lying_nodes[..] {
+        [] => String::new(),
+        nodes => format!(" (wrong bytes came from {}, and were thrown away)", text::list(nodes)),
+    };
+    format!("{digest} is on node {}, {moved}{lied}, as {}", job.spec.node_name, job.spec.image)
 }
 
 /// Notes that a pod was woken.
@@ -245,7 +249,9 @@ mod tests {
         let mut job = long();
         job.status.digest = Some(DIGEST.to_owned());
         let sources = vec!["worker-7".to_owned(), "s".repeat(253), "t".repeat(253)];
-        let done = Progress { total: 9, transferred: 9, reused: 0, source_nodes: sources };
+        let liars = vec!["worker-8".to_owned()];
+        let done =
+            Progress { total: 9, transferred: 9, reused: 0, source_nodes: sources, lying_nodes: liars };
         let (began, ended) = (Timestamp::UNIX_EPOCH, Timestamp::from_second(60).unwrap());
         enter(&mut job, Phase::Transferring, "Transferring", "", began);
         progress(&mut job, &done);
@@ -254,7 +260,9 @@ mod tests {
         fits(&job);
         for type_ in [condition::IMPORTED, condition::READY] {
             let told = condition(&job, type_);
-            for part in [DIGEST, &job.spec.node_name, "worker-7", "9 B moved"] {
+            for part in
+                [DIGEST, &job.spec.node_name, "worker-7", "9 B moved", "wrong bytes came from worker-8"]
+            {
                 assert!(told.message.contains(part), "{part} is not in {}", told.message);
             }
             assert_eq!((told.status.as_str(), told.last_transition_time.0), ("True", ended));

@@ -3,6 +3,7 @@
 
 mod agents;
 pub mod kubelet;
+mod nodes;
 mod owners;
 mod pods;
 
@@ -25,6 +26,7 @@ use crate::decide::{Event, Kind};
 use crate::detect::consent;
 
 pub use agents::agents;
+pub use nodes::nodes;
 pub use owners::owners;
 pub use pods::pods;
 pub(crate) use pods::slim_metadata;

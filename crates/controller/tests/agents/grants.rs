@@ -29,8 +29,11 @@ async fn three(target: &Played, one: &Played, two: &Played) -> (Bench, Vec<Socke
 }
 
 fn request(addresses: &[SocketAddr]) -> v1::ImportRequest {
-    let source =
-        |node: &str, at: usize| v1::Source { node_name: node.to_owned(), address: addresses[at].to_string() };
+    let source = |node: &str, at: usize| v1::Source {
+        node_name: node.to_owned(),
+        address: addresses[at].to_string(),
+        last_resort: false,
+    };
     v1::ImportRequest {
         transfer_id: "t-1".into(),
         sources: vec![source("one", 1), source("two", 2)],

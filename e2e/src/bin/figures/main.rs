@@ -3,6 +3,7 @@
 mod identities;
 mod sessions;
 mod stream;
+mod transfer;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -28,7 +29,8 @@ const CLUSTER: &str = "figures";
 
 /// Salvages a 5 MB image several times and says how long each took; then how long agents wait for a certificate, the
 /// memory of controller and agents, and of the controller beside many pods. The cluster is removed then. Then three hundred
-/// pods that fail at once, on another. Last, what TLS costs a stream, and what idle sessions cost the controller.
+/// pods that fail at once, on another. Then what TLS costs a stream, and what idle sessions cost the controller. Last, how fast
+/// images go from node to node.
 #[derive(Parser)]
 struct Arguments {
     /// How many salvages.
@@ -43,6 +45,15 @@ struct Arguments {
     /// Only some of the figures; all, unless said.
     #[arg(long, value_enum)]
     only: Vec<Part>,
+    /// Be the agent of this node.
+    #[arg(long, hide = true, requires = "authority", requires = "socket")]
+    agent: Option<String>,
+    /// Its containerd's socket.
+    #[arg(long, hide = true)]
+    socket: Option<PathBuf>,
+    /// The most bytes a second that it gives.
+    #[arg(long, hide = true)]
+    upload: Option<String>,
     /// Be so many idle agents.
     #[arg(long, hide = true, requires = "authority")]
     simulate: Option<usize>,
@@ -62,6 +73,8 @@ enum Part {
     Stream,
     /// Idle sessions.
     Sessions,
+    /// Images from node to node.
+    Transfer,
 }
 
 #[tokio::main]
@@ -69,6 +82,11 @@ async fn main() -> Result<()> {
     let arguments = Arguments::parse();
     if let (Some(count), Some(authority)) = (arguments.simulate, &arguments.authority) {
         return sessions::simulate(count, authority).await;
+    }
+    if let (Some(name), Some(socket), Some(authority)) =
+        (&arguments.agent, &arguments.socket, &arguments.authority)
+    {
+        return transfer::node::be(name, socket, authority, arguments.upload.as_deref()).await;
     }
     Cluster::down(CLUSTER)?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -102,6 +120,9 @@ async fn measure(arguments: Arguments) -> Result<()> {
     }
     if is_wanted(Part::Sessions) {
         sessions::memory(arguments.sessions).await?;
+    }
+    if is_wanted(Part::Transfer) {
+        Box::pin(transfer::measure()).await?;
     }
     Ok(())
 }

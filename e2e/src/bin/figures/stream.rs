@@ -59,6 +59,7 @@ async fn measure(daemon: &Daemon, image: &str, layer: &str, size: u64) -> Result
     let settings = Settings {
         node_name: "source".to_owned(),
         max_bandwidth: None,
+        max_upload: None,
         patience: Patience::default(),
         lifetimes: Lifetimes::default(),
         identity: certified(&authority, &Role::Node("source".into()), address)?,

@@ -43,6 +43,11 @@ impl Fake {
         self.lock().calls_left = calls;
     }
 
+    /// So many bytes are free from now on.
+    pub fn free_bytes(&self, free: u64) {
+        self.lock().free = Some(free);
+    }
+
     /// Whether it has come to that.
     pub fn is_dead(&self) -> bool {
         self.lock().calls_left == Some(0)
@@ -241,6 +246,10 @@ impl Containerd for Fake {
         let found = store.blobs.get_mut(digest).ok_or_else(|| Error::NotFound(digest.to_string()))?;
         found.1.extend(labels.clone());
         Ok(())
+    }
+
+    async fn free_space(&self) -> Result<Option<u64>, Error> {
+        Ok(self.call()?.free)
     }
 
     async fn create_lease(&self, lease: &Lease, _expires: SystemTime) -> Result<(), Error> {

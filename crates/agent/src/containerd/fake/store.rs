@@ -46,6 +46,7 @@ pub(super) struct Store {
     pub cri_blind: bool,
     pub no_snapshotter: Option<String>,
     pub full: bool,
+    pub free: Option<u64>,
 }
 
 impl Store {

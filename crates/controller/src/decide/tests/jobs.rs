@@ -174,6 +174,7 @@ fn what_earlier_attempts_moved_counts() {
         transferred,
         reused,
         source_nodes: nodes.iter().map(ToString::to_string).collect(),
+        ..Progress::default()
     };
     bench.transfer(&uid, TransferEvent::Progress(moved(3, 0, &["a"])));
     bench.transfer(&uid, failed(true));

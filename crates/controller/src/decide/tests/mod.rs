@@ -44,6 +44,8 @@ fn image(n: u8, names: &[&str], complete: bool) -> Image {
             digest: digest(n + 100),
             platform: Platform::new("linux", "amd64", ""),
             complete,
+            size: 1 << 20,
+            missing: None,
             created: 0,
             image_id: Some(digest(n + 200)),
             pulled: None,
@@ -291,6 +293,7 @@ fn done() -> TransferEvent {
         transferred: 5 << 20,
         reused: 0,
         source_nodes: vec!["a".into()],
+        ..Progress::default()
     })
 }
 

@@ -349,3 +349,16 @@ fn what_the_patterns_refuse_is_not_moved_and_says_so() {
     assert_eq!(bench.reason(&uid), (Phase::Pending, "ImageDenied".into()));
     assert_eq!(imports(&actions).len(), 1);
 }
+
+#[test]
+fn an_image_that_is_too_large_is_said_to_be_and_left_alone() {
+    let mut bench = Bench::under(|policy| policy.images.max_size = Some("1Ki".parse().unwrap()));
+    bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+    let uid = bench.job("mine", json!({"image": "r.test/x:1", "nodeName": "b"}), false);
+    bench.waits("p", "c", "r.test/x:1");
+    let actions = bench.decide();
+    assert_eq!((imports(&actions).len(), created(&actions).len()), (0, 0));
+    assert_eq!(bench.reason(&uid), (Phase::Pending, "ImageDenied".into()));
+    let notes = told(&actions, names::event::IMAGE_NOT_ACTIONABLE);
+    assert!(notes[0].contains("1.0 MiB") && notes[0].contains("config.images.maxSize"), "{notes:?}");
+}

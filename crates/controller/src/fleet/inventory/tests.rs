@@ -16,6 +16,8 @@ fn image(target: u8, names: &[&str], complete: bool) -> Image {
             digest: digest(target + 100),
             platform: Platform::new("linux", "amd64", ""),
             complete,
+            size: 1 << 20,
+            missing: None,
             created: 0,
             image_id: Some(digest(target + 200)),
             pulled: None,

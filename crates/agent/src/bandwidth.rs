@@ -1,4 +1,4 @@
-//! The cap on what an agent receives, over all its transfers.
+//! Caps on what an agent receives, and on what it gives, over all transfers.
 
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::time::Instant;
+use tote_image::quantity;
 
 /// Bytes per second, as `50Mi`, `1.5G`, `500000`: a Kubernetes quantity with the suffixes k, M, G, Ki, Mi, Gi.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,21 +21,10 @@ impl FromStr for Rate {
     type Err = RateError;
 
     fn from_str(text: &str) -> Result<Self, RateError> {
-        let wrong = || RateError(text.to_owned());
-        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-        let unit: f64 = match &text[digits.len()..] {
-            "" => 1.0,
-            "k" => 1e3,
-            "M" => 1e6,
-            "G" => 1e9,
-            "Ki" => 1024.0,
-            "Mi" => 1024.0 * 1024.0,
-            "Gi" => 1024.0 * 1024.0 * 1024.0,
-            _ => return Err(wrong()),
-        };
-        let number: f64 = digits.parse().map_err(|_| wrong())?;
-        let rate = number * unit;
-        if rate.is_finite() && rate >= 1.0 { Ok(Self(rate)) } else { Err(wrong()) }
+        match quantity::bytes(text) {
+            Some(rate) if rate >= 1.0 => Ok(Self(rate)),
+            _ => Err(RateError(text.to_owned())),
+        }
     }
 }
 
@@ -49,7 +39,7 @@ struct Bucket {
     paid: Mutex<Option<Instant>>,
 }
 
-/// What may be received at once after a pause.
+/// What may pass at once after a pause.
 const BURST: Duration = Duration::from_millis(100);
 
 impl Bandwidth {
@@ -58,7 +48,7 @@ impl Bandwidth {
         Self(rate.map(|Rate(rate)| Arc::new(Bucket { rate, paid: Mutex::new(None) })))
     }
 
-    /// Waits until `bytes` more may be received.
+    /// Waits until `bytes` more may pass.
     pub async fn take(&self, bytes: usize) {
         let Some(bucket) = &self.0 else { return };
         let until = bucket.book(bytes, Instant::now());
@@ -67,7 +57,7 @@ impl Bandwidth {
 }
 
 impl Bucket {
-    /// Books `bytes` and tells when they may be received.
+    /// Books `bytes` and tells when they may pass.
     fn book(&self, bytes: usize, now: Instant) -> Instant {
         #[allow(clippy::cast_precision_loss)]
         let cost = Duration::from_secs_f64(bytes as f64 / self.rate);

@@ -1,0 +1,95 @@
+//! Blobs as the files they are below containerd's content root: read from there, they go through no other process.
+//!
+//! Facts it stands on (containerd's `plugins/content/local`): a blob is `blobs/<algorithm>/<hex>` below the root that the
+//! Introspection service gives for plugin `io.containerd.content.v1`; commit renames it there, whole and read-only, so a
+//! file is its blob for ever, and one that is open is not lost to a collection. The files are those of all namespaces: who
+//! reads has asked the content service what is there.
+
+use std::io::{ErrorKind, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use containerd_client::services::v1 as api;
+use futures::StreamExt;
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
+use tokio::sync::OnceCell;
+use tokio_util::io::ReaderStream;
+use tote_image::Digest;
+
+use super::Client;
+use super::call::{request, unary};
+use crate::containerd::{ByteStream, Error};
+
+/// The type of the content store's plugin.
+const CONTENT: &str = "io.containerd.content.v1";
+
+/// Bytes of one piece, and of one read.
+const PIECE: usize = 1 << 20;
+
+/// Where blobs are files, as far as it is known.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Files(Arc<OnceCell<Option<PathBuf>>>);
+
+impl Files {
+    /// A blob's bytes, from its file; nothing if there is none to be read here.
+    pub(super) async fn read(
+        &self,
+        client: &Client,
+        digest: &Digest,
+        offset: u64,
+        length: u64,
+    ) -> Result<Option<ByteStream>, Error> {
+        let Some(blobs) = self.0.get_or_try_init(|| find(client)).await? else { return Ok(None) };
+        let failed = |error: std::io::Error| Error::Other(format!("reading the file of {digest}: {error}"));
+        let mut file = match File::open(blobs.join("sha256").join(digest.hex())).await {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        file.set_max_buf_size(PIECE);
+        if offset > 0 {
+            file.seek(SeekFrom::Start(offset)).await.map_err(failed)?;
+        }
+        let pieces = ReaderStream::with_capacity(file.take(length), PIECE);
+        let digest = digest.clone();
+        let told = move |piece: std::io::Result<_>| {
+            piece.map_err(|error| Error::Other(format!("reading the file of {digest}: {error}")))
+        };
+        Ok(Some(pieces.map(told).boxed()))
+    }
+}
+
+impl Files {
+    /// Bytes that are free in the file system of the blobs.
+    pub(super) async fn free_space(&self, client: &Client) -> Result<Option<u64>, Error> {
+        let Some(blobs) = self.0.get_or_try_init(|| find(client)).await? else { return Ok(None) };
+        // The root: what is below is made with the first blob.
+        let root = blobs.parent().unwrap_or(blobs);
+        let stat = rustix::fs::statvfs(root)
+            .map_err(|error| Error::Other(format!("asking what is free in {}: {error}", root.display())))?;
+        Ok(Some(stat.f_bfree.saturating_mul(stat.f_frsize)))
+    }
+}
+
+/// The directory of all blobs, if this process may read it.
+async fn find(client: &Client) -> Result<Option<PathBuf>, Error> {
+    let message = api::PluginsRequest { filters: vec![format!("type=={CONTENT}")] };
+    let plugins = unary(client.introspection().plugins(request(message))).await?.plugins;
+    let root = plugins.into_iter().find_map(|mut plugin| plugin.exports.remove("root"));
+    let Some(root) = root else {
+        tracing::warn!("containerd does not tell where its blobs are; they are read through it");
+        return Ok(None);
+    };
+    // Not what is below: it is made with the first blob.
+    match tokio::fs::read_dir(&root).await {
+        Ok(_) => {
+            tracing::info!(root, "blobs are read from their files");
+            Ok(Some(Path::new(&root).join("blobs")))
+        }
+        Err(error) => {
+            tracing::warn!(root, %error, "blobs are read through containerd, for their files are not to be seen here");
+            Ok(None)
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! What is refused before a layer moves: an image that is too large, or that does not fit on the disk.
+
+use tote_agent::containerd::Fake;
+use tote_rpc::v1::Cause;
+
+use crate::peers::{Peer, agent, import, request};
+use crate::{NAME, check_complete, image};
+
+#[tokio::test]
+async fn an_image_that_is_too_large_is_refused_before_a_layer_moves() {
+    let image = image().indexed();
+    let peer = Peer::holding(&image, NAME).await;
+    let mut wanted = request("t", NAME, &image, &[&peer]);
+    wanted.max_bytes = Some(image.size() - 1);
+    let failed = import(&agent(&Fake::default()), wanted.clone()).await.unwrap_err();
+    assert_eq!((failed.cause(), failed.retryable), (Cause::TooLarge, false), "{}", failed.message);
+    for layer in &image.layers {
+        assert_eq!(peer.asked(&layer.digest), 0);
+    }
+    wanted.max_bytes = Some(image.size());
+    import(&agent(&Fake::default()), wanted).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_does_not_fit_on_the_disk_is_refused_before_a_layer_moves() {
+    let image = image();
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    let layers: u64 = image.layers.iter().map(|layer| image.bytes[&layer.digest].len() as u64).sum();
+    // The first and the last are one blob.
+    let missing = layers - image.bytes[&image.layers[0].digest].len() as u64;
+    target.free_bytes(missing - 1);
+    let agent = agent(&target);
+    let failed = import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap_err();
+    assert_eq!((failed.cause(), failed.retryable), (Cause::DiskFull, true), "{}", failed.message);
+    assert_eq!(peer.asked(&image.layers[0].digest), 0);
+    // By and by there is room again.
+    target.free_bytes(missing);
+    import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap();
+    check_complete(&target, &image, NAME).await;
+}

@@ -1,0 +1,102 @@
+//! Several sources of one image: each gives a part, a slow one is left, a liar among honest ones is found.
+
+use std::time::Instant;
+
+use tote_agent::containerd::Fake;
+use tote_agent::testing::{Blobs, tar};
+
+use crate::peers::{Peer, Trick, agent, import, request};
+use crate::{NAME, check_complete, noise};
+
+/// One layer of this many MiB.
+fn one_layer(mebibytes: usize) -> Blobs {
+    Blobs::image(&[tar(&[("a", &noise(mebibytes << 20))])])
+}
+
+#[tokio::test]
+async fn parts_of_one_blob_come_from_each_and_no_byte_twice() {
+    let image = one_layer(24);
+    let layer = &image.layers[0].digest;
+    let (one, two) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    let target = Fake::default();
+    let done = import(&agent(&target), request("t", NAME, &image, &[&one, &two])).await.unwrap();
+    assert_eq!((done.transferred_bytes, done.source_nodes.len()), (done.total_bytes, 2));
+    let mut offsets = [one.offsets(layer), two.offsets(layer)].concat();
+    assert!(one.asked(layer) > 2 && two.asked(layer) > 2, "{offsets:?}");
+    let asked = offsets.len();
+    offsets.sort_unstable();
+    offsets.dedup();
+    assert_eq!(offsets.len(), asked, "each part once: {offsets:?}");
+    check_complete(&target, &image, NAME).await;
+}
+
+/// One gives 1 MiB a second, which is not dead; the other has the rest of its part there at once.
+#[tokio::test]
+async fn a_slow_source_is_left_in_the_middle_of_a_part() {
+    let image = one_layer(24);
+    let layer = &image.layers[0].digest;
+    let (slow, fast) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    slow.trick(layer, Trick::Slow(2 << 20));
+    let target = Fake::default();
+    let began = Instant::now();
+    let done = import(&agent(&target), request("t", NAME, &image, &[&slow, &fast])).await.unwrap();
+    let took = began.elapsed().as_secs_f64();
+    assert!(took < 5.0, "{took} s; the slow one alone takes 12, and a half of it 6");
+    assert_eq!(done.transferred_bytes, done.total_bytes, "what the slow one gave is not asked for again");
+    assert!(slow.asked(layer) > 0 && fast.asked(layer) > slow.asked(layer));
+    check_complete(&target, &image, NAME).await;
+}
+
+/// The bytes of three make no blob; then each is asked alone until one makes it.
+#[tokio::test]
+async fn a_liar_among_honest_ones_is_found() {
+    let image = one_layer(12);
+    let layer = &image.layers[0].digest;
+    let mut peers = Vec::new();
+    for _ in 0..3 {
+        peers.push(Peer::holding(&image, NAME).await);
+    }
+    peers[0].trick(layer, Trick::Wrong);
+    let target = Fake::default();
+    let sources: Vec<&Peer> = peers.iter().collect();
+    let done = import(&agent(&target), request("t", NAME, &image, &sources)).await.unwrap();
+    assert!(done.transferred_bytes > done.total_bytes, "what was thrown away had been moved too");
+    assert_eq!(done.lying_nodes, [peers[0].node.clone()]);
+    check_complete(&target, &image, NAME).await;
+    // Where nobody is honest all are named.
+    for peer in &peers {
+        peer.trick(layer, Trick::Wrong);
+    }
+    let failed = import(&agent(&Fake::default()), request("t", NAME, &image, &sources)).await.unwrap_err();
+    for peer in &peers {
+        assert!(failed.message.contains(&peer.node), "{}", failed.message);
+    }
+}
+
+#[tokio::test]
+async fn a_last_resort_is_asked_last() {
+    let image = one_layer(12);
+    let layer = &image.layers[0].digest;
+    let (spared, other) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    let mut wanted = request("t", NAME, &image, &[&spared, &other]);
+    wanted.sources[0].last_resort = true;
+    import(&agent(&Fake::default()), wanted.clone()).await.unwrap();
+    assert_eq!(spared.asked(layer), 0);
+    other.trick(layer, Trick::Status(500));
+    import(&agent(&Fake::default()), wanted).await.unwrap();
+    assert!(spared.asked(layer) > 0);
+}
+
+/// As nodes that discard unpacked layers may be.
+#[tokio::test]
+async fn what_each_holds_a_part_of_is_put_together() {
+    let image = Blobs::image(&[tar(&[("a", &noise(3 << 20))]), tar(&[("b", &noise(3 << 20))])]).indexed();
+    let (one, two) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    one.fake.remove_blob(&image.layers[0].digest);
+    two.fake.remove_blob(&image.layers[1].digest);
+    let target = Fake::default();
+    let done = import(&agent(&target), request("t", NAME, &image, &[&one, &two])).await.unwrap();
+    assert_eq!((done.transferred_bytes, done.source_nodes.len()), (done.total_bytes, 2));
+    assert_eq!(done.lying_nodes, [""; 0], "what is not there is no lie");
+    check_complete(&target, &image, NAME).await;
+}
