@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::block_in_place;
+use tokio::task::{JoinHandle, block_in_place};
 use tote_e2e::cluster::{Cluster, Options};
 use tote_e2e::images::{Layout, debian_gzip};
 use tote_e2e::registry::{self, Control as _, Remote};
@@ -67,16 +67,23 @@ async fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
-        _ = interrupt.recv() => ExitCode::from(130),
-        _ = terminate.recv() => ExitCode::from(143),
+        _ = interrupt.recv() => ended(&mut body, 130).await,
+        _ = terminate.recv() => ended(&mut body, 143).await,
     };
-    body.abort();
     println!("taking the cluster down");
     if let Err(error) = block_in_place(take_down) {
         eprintln!("demo: taking the cluster down: {error:#}\n      try it again: demo down");
         return ExitCode::FAILURE;
     }
     code
+}
+
+/// Ends the demo where it is; what it is about to start stands by then, and can be found and removed.
+async fn ended(body: &mut JoinHandle<Result<()>>, code: u8) -> ExitCode {
+    body.abort();
+    // An error of the demo, or that it was ended.
+    let _ = body.await;
+    ExitCode::from(code)
 }
 
 /// Removes the cluster and its registry, whatever their condition.
