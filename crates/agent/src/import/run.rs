@@ -119,13 +119,15 @@ impl Run<'_> {
         Ok(imported)
     }
 
-    /// That what is missing fits on the disk, before it moves; unpacked it takes more, which nothing tells beforehand.
+    /// That what is missing fits on the disk, before it moves; unpacked it takes more, which nothing tells beforehand. A layer
+    /// of which a part is there already does not count: nothing tells how much of it.
     async fn check_space(&self, image: &Image) -> Result<(), Failure> {
         let Some(free) = self.containerd().free_space().await? else { return Ok(()) };
+        let begun = self.containerd().ingests().await?;
         let mut missing = 0_u64;
         let mut seen = HashSet::new();
         for layer in image.manifest.layers.iter().filter(|layer| seen.insert(&layer.digest)) {
-            if self.containerd().blob(&layer.digest).await?.is_none() {
+            if !begun.contains(&layer.digest) && self.containerd().blob(&layer.digest).await?.is_none() {
                 missing = missing.saturating_add(layer.size);
             }
         }

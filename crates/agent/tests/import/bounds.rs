@@ -3,7 +3,7 @@
 use tote_agent::containerd::Fake;
 use tote_rpc::v1::Cause;
 
-use crate::peers::{Peer, agent, import, request};
+use crate::peers::{Peer, Trick, agent, import, request};
 use crate::{NAME, check_complete, image};
 
 #[tokio::test]
@@ -35,6 +35,21 @@ async fn what_does_not_fit_on_the_disk_is_refused_before_a_layer_moves() {
     assert_eq!(peer.asked(&image.layers[0].digest), 0);
     // By and by there is room again.
     target.free_bytes(missing);
+    import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap();
+    check_complete(&target, &image, NAME).await;
+}
+
+/// What a transfer that broke off has got is on the disk already: it is not asked for room again.
+#[tokio::test]
+async fn a_transfer_goes_on_though_the_disk_has_no_room_for_all_of_it_again() {
+    let image = image();
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    let layer = &image.layers[0].digest;
+    peer.trick(layer, Trick::Cut(1000));
+    let agent = agent(&target);
+    import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap_err();
+    peer.behave();
+    target.free_bytes(image.bytes[layer].len() as u64 / 2);
     import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap();
     check_complete(&target, &image, NAME).await;
 }
