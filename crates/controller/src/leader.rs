@@ -13,6 +13,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::tenure::Tenure;
+
 /// How long a record holds without being renewed.
 const DURATION: Duration = Duration::from_secs(10);
 
@@ -102,14 +104,16 @@ impl Leader {
     }
 
     /// Stands for election until `stop`, then gives the Lease back. `terms` has the term while this candidate
-    /// leads, `None` while it does not; it turns to `None` before anyone else may take over.
-    pub async fn run(mut self, terms: watch::Sender<Option<Term>>, stop: CancellationToken) {
+    /// leads, `None` while it does not; it turns to `None` before anyone else may take over, unless the process is
+    /// stopped: then `tenure` has ended when it goes on.
+    pub async fn run(mut self, terms: watch::Sender<Option<Term>>, tenure: Tenure, stop: CancellationToken) {
         let mut renewed = None;
         while !stop.is_cancelled() {
             let asked = Instant::now();
             match timeout(CALL, self.step()).await {
                 Ok(Ok(Some(term))) => {
                     renewed = Some(asked);
+                    tenure.confirm(asked.into_std(), RENEW_DEADLINE);
                     terms.send_if_modified(|held| {
                         let changed = held.as_ref() != Some(&term);
                         if changed {
@@ -126,6 +130,7 @@ impl Leader {
                 Err(_) => tracing::warn!(lease = self.lease, "the API server does not answer"),
             }
             if renewed.is_none_or(|at| at.elapsed() >= RENEW_DEADLINE) {
+                tenure.end();
                 terms.send_if_modified(|held| {
                     if held.is_some() {
                         tracing::warn!(lease = self.lease, "no longer leading");
@@ -135,6 +140,7 @@ impl Leader {
             }
             let _ = timeout(PERIOD, stop.cancelled()).await;
         }
+        tenure.end();
         let led = terms.send_replace(None).is_some();
         if led && let Ok(Err(error)) = timeout(CALL, self.release()).await {
             tracing::warn!(lease = self.lease, %error, "cannot give the Lease back");

@@ -22,6 +22,7 @@ pub mod resolve;
 pub mod run;
 pub mod running;
 pub mod salvage;
+pub mod tenure;
 pub mod text;
 pub mod transfer;
 pub mod watch;

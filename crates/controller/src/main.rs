@@ -27,6 +27,7 @@ use tote_controller::registry::{self, HostPattern, Lookup};
 use tote_controller::resolve::TagPolicy;
 use tote_controller::run::{Settings, lead};
 use tote_controller::salvage::Limits;
+use tote_controller::tenure::Tenure;
 use tote_rpc::identity::Identity;
 
 /// How long notifications may take to leave when it stops.
@@ -302,13 +303,16 @@ async fn run(flags: Flags) -> Result<(), String> {
     };
     let (terms, mut current) = watch::channel(None);
     let leader = Leader::new(client.clone(), &flags.pod_namespace, &flags.lease_name, &flags.pod_name);
-    let candidate = tokio::spawn(leader.run(terms, stop.clone()));
+    let tenure = Tenure::default();
+    let candidate = tokio::spawn(leader.run(terms, tenure.clone(), stop.clone()));
     while !stop.is_cancelled() {
         let term = current.borrow_and_update().clone();
         health.set_leading(term.is_some());
         let leading = async {
             match term {
-                Some(term) => lead(client.clone(), settings.clone(), term, health.clone()).await,
+                Some(term) => {
+                    lead(client.clone(), settings.clone(), (term, tenure.clone()), health.clone()).await;
+                }
                 None => std::future::pending().await,
             }
         };

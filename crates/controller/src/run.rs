@@ -20,6 +20,7 @@ use crate::lookup::Upstream;
 use crate::notify::Notifier;
 use crate::owners::OwnerKind;
 use crate::perform::Performer;
+use crate::tenure::Tenure;
 use crate::watch;
 
 /// Events that may wait for a decision.
@@ -60,9 +61,10 @@ pub struct Settings {
 /// How far back the clock may be set without notice.
 const STEP: Duration = Duration::from_secs(10);
 
-/// Leads for a term until dropped, until the clock is set back (what was noted for a time then lies in a future that may
+/// Leads for a term until dropped, until its tenure has run out unnoticed (the process was stopped), until the clock is set back (what was noted for a time then lies in a future that may
 /// be far: it is best begun anew), or until a watch ends, which none does by itself.
-pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<Health>) {
+pub async fn lead(client: Client, settings: Settings, (term, tenure): (Term, Tenure), health: Arc<Health>) {
+    let client = tenure.fence(client);
     let term = v1::Term { lease_uid: term.lease_uid, lease_transitions: term.transitions };
     let (events, mut incoming) = mpsc::channel(QUEUE);
     let (fleet_events, mut fleet_incoming) = mpsc::channel::<FleetEvent>(QUEUE);
@@ -138,8 +140,8 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
         }
         let began = Instant::now();
         let now = Timestamp::now();
-        if clock.is_set_back(now, began) {
-            tracing::warn!(%now, "the clock was set back: beginning anew");
+        if let Some(why) = over(&tenure, &mut clock, now, began) {
+            tracing::warn!(%now, "{why}: beginning anew");
             return;
         }
         for event in batch.drain(..) {
@@ -158,6 +160,14 @@ pub async fn lead(client: Client, settings: Settings, term: Term, health: Arc<He
         }
         health.metrics.figures(&state.figures(), began.elapsed().as_secs_f64());
     }
+}
+
+/// Why what is known may be acted on no more, if it may not.
+fn over(tenure: &Tenure, clock: &mut Clock, wall: Timestamp, steady: Instant) -> Option<&'static str> {
+    if !tenure.holds(steady) {
+        return Some("the leadership has run out unnoticed");
+    }
+    clock.is_set_back(wall, steady).then_some("the clock was set back")
 }
 
 /// The wall clock, held against one that cannot be set.
