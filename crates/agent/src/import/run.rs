@@ -2,10 +2,10 @@
 //! and run again: everything it did is found again in the content store.
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::future::try_join_all;
 use tokio::sync::{Semaphore, watch};
 use tote_image::{Descriptor, Digest};
 use tote_rpc::BlobClient;
@@ -23,8 +23,8 @@ use crate::containerd::{self, Containerd, Labels, Layer, Lease, SNAPSHOT_LABEL, 
 use crate::kubelet::{Records, Restriction};
 use crate::metrics::Metrics;
 
-/// How many layers of one image move at once.
-const CONCURRENT_BLOBS: usize = 3;
+/// What each of the layers that move at once takes next: the lowest keeps unpacking busy, the largest takes longest.
+const LANES: [Next; 3] = [Next::Lowest, Next::Largest, Next::Largest];
 
 /// How many chunks of 2 MiB may be here, or on their way, before those that are being written.
 const AHEAD: usize = 8;
@@ -84,6 +84,34 @@ pub(super) struct Run<'a> {
     pub max_bytes: Option<u64>,
     pub tracker: &'a Tracker,
     pub lease: Lease,
+}
+
+/// Which layer moves next.
+#[derive(Clone, Copy, Debug)]
+enum Next {
+    Lowest,
+    Largest,
+}
+
+/// Layers that nobody has begun to move, by their place in the manifest, with their sizes; each digest once.
+struct Left(Mutex<Vec<(usize, u64)>>);
+
+impl Left {
+    fn new(layers: &[Descriptor]) -> Self {
+        let mut seen = HashSet::new();
+        let all = layers.iter().enumerate().filter(|(_, layer)| seen.insert(&layer.digest));
+        Self(Mutex::new(all.map(|(at, layer)| (at, layer.size)).collect()))
+    }
+
+    fn take(&self, next: Next) -> Option<usize> {
+        let mut left = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = match next {
+            Next::Lowest => 0,
+            // Of equal ones the lowest.
+            Next::Largest => (0..left.len()).rev().max_by_key(|index| left[*index].1)?,
+        };
+        (index < left.len()).then(|| left.remove(index).0)
+    }
 }
 
 impl Run<'_> {
@@ -155,22 +183,23 @@ impl Run<'_> {
 
     /// Moves the layers, several at once, and unpacks each as soon as it and those below have arrived.
     async fn move_and_unpack(&self, image: &Image, snapshotter: &str) -> Result<(), Failure> {
-        let mut seen = HashSet::new();
+        let layers = &image.manifest.layers;
+        let left = Left::new(layers);
         let arrived = watch::Sender::new(HashSet::<Digest>::new());
-        let mut moves = Vec::new();
-        for layer in &image.manifest.layers {
-            if seen.insert(&layer.digest) {
-                moves.push(self.bring(layer, &arrived));
+        let lane = async |next| {
+            while let Some(at) = left.take(next) {
+                self.bring(&layers[at], &arrived).await?;
             }
-        }
+            Ok::<_, Failure>(())
+        };
         let moving = async {
-            stream::iter(moves).buffer_unordered(CONCURRENT_BLOBS).try_collect::<()>().await?;
+            try_join_all(LANES.map(lane)).await?;
             self.tracker.stage(Stage::Unpacking);
             Ok(())
         };
         let unpacking = async {
             let mut arrived = arrived.subscribe();
-            for at in 0..image.manifest.layers.len() {
+            for at in 0..layers.len() {
                 let layer = image.layer(at);
                 // The sender outlives the loop.
                 let _ = arrived.wait_for(|arrived| arrived.contains(&layer.blob.digest)).await;
@@ -206,5 +235,30 @@ impl Run<'_> {
         })?;
         let label = (UNCOMPRESSED_LABEL.to_owned(), layer.diff_id.to_string());
         Ok(self.containerd().label(&layer.blob.digest, &[label].into()).await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_layer_and_the_largest_go_first_and_each_digest_once() {
+        let sizes = [5, 1, 9, 9, 2];
+        let layer = |(at, size): (usize, &u64)| Descriptor {
+            media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
+            digest: Digest::sha256(&[u8::try_from(at).unwrap()]),
+            size: *size,
+        };
+        let mut layers: Vec<Descriptor> = sizes.iter().enumerate().map(layer).collect();
+        layers.push(layers[2].clone());
+        let left = Left::new(&layers);
+        let taken = LANES.map(|next| left.take(next));
+        assert_eq!(taken, [Some(0), Some(2), Some(3)]);
+        assert_eq!(left.take(Next::Lowest), Some(1));
+        assert_eq!(
+            (left.take(Next::Largest), left.take(Next::Largest), left.take(Next::Lowest)),
+            (Some(4), None, None)
+        );
     }
 }
