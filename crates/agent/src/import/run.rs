@@ -15,9 +15,11 @@ use super::failure::Failure;
 use super::fetch::Patience;
 use super::flights::Flights;
 use super::progress::{Imported, Tracker};
+use super::relay::Relays;
 use super::request::{Source, Wanted};
 use super::resolve::Image;
 use super::traffic::Traffic;
+use super::underway::{Brings, Underway};
 use crate::bandwidth::Bandwidth;
 use crate::containerd::{self, Containerd, Labels, Layer, Lease, SNAPSHOT_LABEL, UNCOMPRESSED_LABEL};
 use crate::kubelet::{Records, Restriction};
@@ -25,6 +27,10 @@ use crate::metrics::Metrics;
 
 /// How many layers of one image move at once.
 const CONCURRENT_BLOBS: usize = 3;
+
+/// How many may wait beside for a source that is getting the image itself: so that what it has already is not behind what it
+/// will have.
+const WAITING_BLOBS: usize = 5;
 
 /// How many chunks of 2 MiB may be here, or on their way, before those that are being written.
 const AHEAD: usize = 8;
@@ -48,6 +54,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// Who moves which blob.
     pub flights: Flights,
+    /// Which images are on their way here.
+    pub underway: Underway,
     /// How busy the peers are, and how fast.
     pub traffic: Traffic,
     /// Room for what comes before it can be written, in chunks.
@@ -68,6 +76,7 @@ impl Context {
             visible_within: Duration::from_secs(60),
             metrics: Arc::default(),
             flights: Flights::default(),
+            underway: Underway::default(),
             traffic: Traffic::default(),
             ahead: Arc::new(Semaphore::new(AHEAD)),
             records: None,
@@ -84,6 +93,8 @@ pub(super) struct Run<'a> {
     pub max_bytes: Option<u64>,
     pub tracker: &'a Tracker,
     pub lease: Lease,
+    pub brings: &'a Brings,
+    pub relays: Relays,
 }
 
 impl Run<'_> {
@@ -157,14 +168,16 @@ impl Run<'_> {
     async fn move_and_unpack(&self, image: &Image, snapshotter: &str) -> Result<(), Failure> {
         let mut seen = HashSet::new();
         let arrived = watch::Sender::new(HashSet::<Digest>::new());
+        let places = Semaphore::new(CONCURRENT_BLOBS);
         let mut moves = Vec::new();
         for layer in &image.manifest.layers {
             if seen.insert(&layer.digest) {
-                moves.push(self.bring(layer, &arrived));
+                moves.push(self.bring(layer, &places, &arrived));
             }
         }
         let moving = async {
-            stream::iter(moves).buffer_unordered(CONCURRENT_BLOBS).try_collect::<()>().await?;
+            let moves = stream::iter(moves).buffer_unordered(CONCURRENT_BLOBS + WAITING_BLOBS);
+            moves.try_collect::<()>().await?;
             self.tracker.stage(Stage::Unpacking);
             Ok(())
         };
@@ -189,8 +202,14 @@ impl Run<'_> {
     async fn bring(
         &self,
         layer: &Descriptor,
+        places: &Semaphore,
         arrived: &watch::Sender<HashSet<Digest>>,
     ) -> Result<(), Failure> {
+        if self.containerd().blob(&layer.digest).await?.is_none() {
+            self.await_relays(layer).await;
+        }
+        // In order, for they are unpacked in order. It is never closed.
+        let _place = places.acquire().await;
         self.obtain(layer, Labels::new()).await?;
         arrived.send_modify(|arrived| {
             arrived.insert(layer.digest.clone());

@@ -185,6 +185,7 @@ pub const PATIENCE: Patience = Patience {
     piece: Duration::from_millis(500),
     pause: Duration::from_millis(20),
     rounds: 3,
+    growth: Duration::from_millis(500),
 };
 
 pub const LIFETIMES: Lifetimes =
@@ -209,7 +210,7 @@ pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRe
     let source = |peer: &&Peer| v1::Source {
         node_name: peer.node.clone(),
         address: peer.address.to_string(),
-        last_resort: false,
+        ..v1::Source::default()
     };
     let request = v1::ImportRequest {
         term: None,

@@ -32,7 +32,7 @@ fn request(addresses: &[SocketAddr]) -> v1::ImportRequest {
     let source = |node: &str, at: usize| v1::Source {
         node_name: node.to_owned(),
         address: addresses[at].to_string(),
-        last_resort: false,
+        ..v1::Source::default()
     };
     v1::ImportRequest {
         transfer_id: "t-1".into(),
