@@ -42,7 +42,7 @@ impl Default for Patience {
             piece: Duration::from_secs(30),
             pause: Duration::from_millis(200),
             rounds: 4,
-            growth: Duration::from_secs(10),
+            growth: Duration::from_secs(20),
         }
     }
 }

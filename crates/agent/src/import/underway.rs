@@ -95,7 +95,7 @@ impl Underway {
     }
 
     /// A transfer begins to bring it, and writes there how far it is.
-    pub(super) fn begin(&self, root: &Digest, states: watch::Receiver<State>) -> Brings {
+    pub(crate) fn begin(&self, root: &Digest, states: watch::Receiver<State>) -> Brings {
         let image = self.expect(root, Instant::now());
         let mut inner = image.lock();
         inner.begun += 1;
@@ -146,7 +146,7 @@ impl Bringing {
 
 impl Brings {
     /// These belong to it.
-    pub fn learn<'a>(&self, blobs: impl IntoIterator<Item = &'a Digest>) {
+    pub(crate) fn learn<'a>(&self, blobs: impl IntoIterator<Item = &'a Digest>) {
         self.image.lock().blobs.extend(blobs.into_iter().cloned());
     }
 
