@@ -24,6 +24,7 @@ const PATIENCE: Patience = Patience {
     piece: Duration::from_secs(2),
     pause: Duration::from_millis(10),
     rounds: 2,
+    growth: Duration::from_secs(2),
 };
 
 /// An agent of this version.

@@ -34,6 +34,7 @@ async fn a_session_tells_when_containerd_stops_answering_and_when_it_answers_aga
             piece: Duration::from_secs(2),
             pause: Duration::from_millis(10),
             rounds: 2,
+            growth: Duration::from_secs(2),
         },
         records: None,
         lifetimes: Lifetimes::default(),

@@ -69,7 +69,7 @@ struct Flags {
     /// Transfers to one node at once.
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     max_concurrent_salvages: usize,
-    /// Transfers that read from one node at once.
+    /// Transfers that read from one node at once; those that have it as a last resort, beside others, do not count.
     #[arg(long, default_value_t = 4, value_parser = at_least_one)]
     max_uploads_per_node: usize,
     /// Transfers of the whole cluster at once. Each writes its progress every 5 seconds.

@@ -125,7 +125,8 @@ impl World {
     /// A node as a source, if its agent has a session.
     pub fn source(&self, node: &NodeName) -> Option<Source> {
         let last_resort = self.is_shaky(node);
-        self.fleet.node(node).map(|n| Source { node: node.clone(), address: n.address.clone(), last_resort })
+        let address = self.fleet.node(node)?.address.clone();
+        Some(Source { node: node.clone(), address, last_resort, relay: false })
     }
 
     /// Whether a node's container runtime does not answer: its agent, or, where that is away itself, kubelet.

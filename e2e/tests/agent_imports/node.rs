@@ -133,7 +133,11 @@ impl Node {
     }
 
     pub fn source(&self) -> v1::Source {
-        v1::Source { node_name: self.name.clone(), address: self.address().to_string(), last_resort: false }
+        v1::Source {
+            node_name: self.name.clone(),
+            address: self.address().to_string(),
+            ..v1::Source::default()
+        }
     }
 
     /// As the leader calls it.
@@ -179,6 +183,7 @@ impl Node {
             node_name: reader.to_owned(),
             digest: digest.to_owned(),
             seconds: 300,
+            expected: false,
         };
         self.agent_of(leader).await.grant(request).await.unwrap();
     }

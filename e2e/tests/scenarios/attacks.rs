@@ -156,6 +156,7 @@ pub async fn every_call(
         node_name,
         digest,
         seconds: 60,
+        expected: false,
     };
     let certify = v1::CertifyRequest { term: term.clone(), ..v1::CertifyRequest::default() };
     let cancel = v1::CancelRequest { term: term.clone(), transfer_id: transfer_id.clone() };

@@ -131,6 +131,7 @@ impl Reads {
             node_name: NOBODY.to_owned(),
             digest: image.to_owned(),
             seconds,
+            expected: false,
         };
         let granted = self.stolen.lead(&self.agent).await?.grant(request).await;
         Ok(granted.context("Grant, by a leader")?.into_inner().blobs)

@@ -217,7 +217,9 @@ impl Asked {
             if self.tried().left(std::slice::from_ref(&source)).is_empty() {
                 continue; // It failed while a seat was waited for.
             }
-            let others: Vec<Source> = left.into_iter().filter(|other| *other != source).collect();
+            // That one of last resort would be faster is no reason to leave a relay: it is busy with feeding that.
+            let is_other = |other: &Source| *other != source && !(source.relay && other.last_resort);
+            let others: Vec<Source> = left.into_iter().filter(is_other).collect();
             let begun = Instant::now();
             let mut paid = Duration::ZERO;
             let span = Span::of(self.blob.size, from, length);

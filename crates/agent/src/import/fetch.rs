@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{Request, StatusCode, header};
+use http::header::HeaderName;
+use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use thiserror::Error;
@@ -14,6 +15,7 @@ use tote_rpc::BlobClient;
 use tote_rpc::identity::{Peer, Role};
 
 use super::request::Source;
+use super::underway::Arrived;
 
 /// Bytes that are gathered before they are written: containerd takes pieces of 1 MiB and more best.
 const PIECE: usize = 1 << 20;
@@ -29,6 +31,8 @@ pub struct Patience {
     pub pause: Duration,
     /// How many rounds.
     pub rounds: u32,
+    /// For an image to grow at a source that is getting it itself, if only by a byte.
+    pub growth: Duration,
 }
 
 impl Default for Patience {
@@ -38,6 +42,7 @@ impl Default for Patience {
             piece: Duration::from_secs(30),
             pause: Duration::from_millis(200),
             rounds: 4,
+            growth: Duration::from_secs(20),
         }
     }
 }
@@ -48,6 +53,9 @@ pub enum FetchError {
     /// It does not hold it.
     #[error("does not hold it")]
     Missing,
+    /// It does not hold it yet, but a transfer brings it there.
+    #[error("is getting it itself")]
+    Coming(Arrived),
     /// It could not be asked, or broke off.
     #[error("{0}")]
     Broken(String),
@@ -118,15 +126,65 @@ pub async fn open(
     peers: &BlobClient,
     source: &Source,
     reference: &Reference,
-    (kind, digest): (Kind, &Digest),
+    wanted: (Kind, &Digest),
     span: Span,
     patience: Patience,
 ) -> Result<Body, FetchError> {
+    let part = match span {
+        Span::Part { from, length } => Some((from, length)),
+        Span::Whole(_) | Span::Unknown(_) => None,
+    };
+    let response = ask(peers, source, reference, (Method::GET, wanted, part), patience).await?;
+    match (response.status(), span) {
+        (StatusCode::OK, Span::Whole(_) | Span::Unknown(_)) => {}
+        (StatusCode::PARTIAL_CONTENT, Span::Part { from, length }) => {
+            let due = format!("bytes {from}-{}/", from + length - 1);
+            if !header_of(&response, &header::CONTENT_RANGE).is_some_and(|range| range.starts_with(&due)) {
+                return Err(FetchError::Wrong("answered another range than was asked for".to_owned()));
+            }
+        }
+        (status, _) => return Err(FetchError::Broken(format!("answered {status}"))),
+    }
+    let length = header_of(&response, &header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
+    let left = span.most();
+    if let Some(length) = length
+        && (length > left || (span.is_exact() && length != left))
+    {
+        return Err(FetchError::Wrong(format!("announced {length} bytes where {left} are due")));
+    }
+    let incoming = response.into_body();
+    let gathered = BytesMut::new();
+    Ok(Body { incoming, left, exact: span.is_exact(), gathered, ended: false, broken: None, patience })
+}
+
+/// Asks `source` whether it would give a blob.
+pub async fn look(
+    peers: &BlobClient,
+    source: &Source,
+    reference: &Reference,
+    wanted: (Kind, &Digest),
+    patience: Patience,
+) -> Result<(), FetchError> {
+    let response = ask(peers, source, reference, (Method::HEAD, wanted, None), patience).await?;
+    match response.status() {
+        StatusCode::OK => Ok(()),
+        status => Err(FetchError::Broken(format!("answered {status}"))),
+    }
+}
+
+/// An answer of the agent that is meant, and of nobody else, which does not say that it gives nothing.
+async fn ask(
+    peers: &BlobClient,
+    source: &Source,
+    reference: &Reference,
+    (method, (kind, digest), part): (Method, (Kind, &Digest), Option<(u64, u64)>),
+    patience: Patience,
+) -> Result<Response<Incoming>, FetchError> {
     let (address, name) = (source.address, path(reference));
-    let part = if kind == Kind::Manifest { "manifests" } else { "blobs" };
-    let uri = format!("https://{address}/v2/{name}/{part}/{digest}?ns={}", reference.registry());
-    let mut request = Request::get(uri);
-    if let Span::Part { from, length } = span {
+    let what = if kind == Kind::Manifest { "manifests" } else { "blobs" };
+    let uri = format!("https://{address}/v2/{name}/{what}/{digest}?ns={}", reference.registry());
+    let mut request = Request::builder().method(method).uri(uri);
+    if let Some((from, length)) = part {
         request = request.header(header::RANGE, format!("bytes={from}-{}", from + length - 1));
     }
     let request = request.body(Empty::new()).map_err(|error| FetchError::Broken(error.to_string()))?;
@@ -141,37 +199,24 @@ pub async fn open(
             return Err(FetchError::Broken(format!("at {address} is {who}, not the agent of that node")));
         }
     }
-    let length = response
-        .headers()
-        .get(header::CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok())
-        .and_then(|length| length.parse::<u64>().ok());
-    match (response.status(), span) {
-        (StatusCode::OK, Span::Whole(_) | Span::Unknown(_)) => {}
-        (StatusCode::PARTIAL_CONTENT, Span::Part { from, length }) => {
-            let range = response.headers().get(header::CONTENT_RANGE).and_then(|range| range.to_str().ok());
-            let due = format!("bytes {from}-{}/", from + length - 1);
-            if !range.is_some_and(|range| range.starts_with(&due)) {
-                return Err(FetchError::Wrong("answered another range than was asked for".to_owned()));
-            }
+    match response.status() {
+        StatusCode::NOT_FOUND => Err(FetchError::Missing),
+        StatusCode::FORBIDDEN => {
+            Err(FetchError::Broken("refuses: the controller has not granted this node to read it".to_owned()))
         }
-        (StatusCode::NOT_FOUND, _) => return Err(FetchError::Missing),
-        (StatusCode::FORBIDDEN, _) => {
-            return Err(FetchError::Broken(
-                "refuses: the controller has not granted this node to read it".to_owned(),
-            ));
+        StatusCode::SERVICE_UNAVAILABLE => {
+            let arrived = header_of(&response, &HeaderName::from_static(Arrived::HEADER));
+            Err(match arrived.and_then(Arrived::parse) {
+                Some(arrived) => FetchError::Coming(arrived),
+                None => FetchError::Broken(format!("answered {}", StatusCode::SERVICE_UNAVAILABLE)),
+            })
         }
-        (status, _) => return Err(FetchError::Broken(format!("answered {status}"))),
+        _ => Ok(response),
     }
-    let left = span.most();
-    if let Some(length) = length
-        && (length > left || (span.is_exact() && length != left))
-    {
-        return Err(FetchError::Wrong(format!("announced {length} bytes where {left} are due")));
-    }
-    let incoming = response.into_body();
-    let gathered = BytesMut::new();
-    Ok(Body { incoming, left, exact: span.is_exact(), gathered, ended: false, broken: None, patience })
+}
+
+fn header_of<'a>(response: &'a Response<Incoming>, name: &HeaderName) -> Option<&'a str> {
+    response.headers().get(name)?.to_str().ok()
 }
 
 impl Body {

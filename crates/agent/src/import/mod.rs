@@ -10,11 +10,13 @@ mod fetch;
 mod flights;
 mod progress;
 mod publish;
+mod relay;
 mod request;
 mod resolve;
 mod run;
 mod traffic;
 mod transfer;
+mod underway;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,6 +39,7 @@ pub use request::{ImportRequest, RequestError, Source, TransferId, Wanted};
 pub use run::Context;
 pub use traffic::Traffic;
 pub use transfer::Attached;
+pub use underway::{Arrived, Bringing, Underway};
 
 use transfer::Transfer;
 
@@ -111,6 +114,11 @@ impl Imports {
     /// The same, to be kept.
     pub fn shared_containerd(&self) -> Arc<dyn containerd::Containerd> {
         self.context.containerd.clone()
+    }
+
+    /// What the transfers under way bring.
+    pub fn underway(&self) -> &Underway {
+        &self.context.underway
     }
 
     /// Whether a transfer that has not ended brings this image.

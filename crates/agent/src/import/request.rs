@@ -24,6 +24,8 @@ pub struct Source {
     pub address: SocketAddr,
     /// Whether it is to be asked only where no other gives what is wanted.
     pub last_resort: bool,
+    /// Whether its node is getting the image itself, and gives each blob once that is committed there.
+    pub relay: bool,
 }
 
 /// What to import.
@@ -111,7 +113,8 @@ impl TryFrom<v1::ImportRequest> for ImportRequest {
             let address = source.address.parse().map_err(|_| {
                 wrong("sources.address", &source.address, &"must be ip:port, as in 10.0.0.7:9090")
             })?;
-            Ok(Source { node: source.node_name, address, last_resort: source.last_resort })
+            let (last_resort, relay) = (source.last_resort, source.relay);
+            Ok(Source { node: source.node_name, address, last_resort, relay })
         });
         let sources = sources.collect::<Result<_, _>>()?;
         let restriction = request.pulled.map(|pulled| Restriction::parse(pulled, &reference)).transpose();
@@ -132,7 +135,7 @@ mod tests {
     use super::*;
 
     fn source(address: &str) -> v1::Source {
-        v1::Source { node_name: "n".to_owned(), address: address.to_owned(), last_resort: false }
+        v1::Source { node_name: "n".to_owned(), address: address.to_owned(), ..v1::Source::default() }
     }
 
     fn request() -> v1::ImportRequest {

@@ -1,6 +1,8 @@
 //! From the digest asked for to the blobs of this node's platform: index, manifest, config. The documents are
 //! small; they are read whole, verified, parsed, and stored with the labels that keep what they name.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures::TryStreamExt;
 use tote_image::{
@@ -12,6 +14,9 @@ use super::failure::Failure;
 use super::fetch::{self, FetchError, Kind, Span};
 use super::run::Run;
 use crate::containerd::{Error, Ingest, Labels, Layer, gc_labels};
+
+/// How long a source that is getting the image itself may take to answer for a document.
+const RELAY_HEAD: Duration = Duration::from_secs(2);
 
 /// An image of which the documents are on the node.
 #[derive(Debug)]
@@ -65,6 +70,9 @@ impl Run<'_> {
         };
         check_media_types(&manifest)?;
         let config = &manifest.config;
+        self.brings
+            .learn([&config.digest].into_iter().chain(manifest.layers.iter().map(|layer| &layer.digest)));
+        self.brings.learnt_all();
         let parse = |bytes: &[u8]| Ok((diff_ids(bytes)?, Labels::new(), String::new()));
         let (platform, diff_ids) =
             self.stored(Kind::Blob, &config.digest, Some(config.size), parse).await?.parsed;
@@ -92,6 +100,7 @@ impl Run<'_> {
             match self.stored(Kind::Manifest, digest, Some(size), parse_document).await {
                 Ok(stored) => match stored.parsed {
                     Document::Manifest(manifest) => {
+                        self.brings.learn([digest]);
                         return Ok((manifest, stored.size, entry.platform.is_some()));
                     }
                     Document::Index(_) => {
@@ -215,7 +224,12 @@ impl Run<'_> {
     ) -> Result<Bytes, FetchError> {
         let (context, reference) = (self.context, &self.wanted.reference);
         let span = size.map_or(Span::Unknown(MAX_DOCUMENT_BYTES), Span::Whole);
-        let opened = fetch::open(&context.peers, source, reference, (kind, digest), span, context.patience);
+        let mut patience = context.patience;
+        if source.relay {
+            // The others have it as well, and it is small.
+            patience.head = patience.head.min(RELAY_HEAD);
+        }
+        let opened = fetch::open(&context.peers, source, reference, (kind, digest), span, patience);
         let mut body = opened.await?;
         let mut bytes = Vec::new();
         while let Some(piece) = body.next().await? {

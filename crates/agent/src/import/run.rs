@@ -2,10 +2,10 @@
 //! and run again: everything it did is found again in the content store.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use futures::future::try_join_all;
+use futures::{StreamExt, TryStreamExt, stream};
 use tokio::sync::{Semaphore, watch};
 use tote_image::{Descriptor, Digest};
 use tote_rpc::BlobClient;
@@ -15,16 +15,22 @@ use super::failure::Failure;
 use super::fetch::Patience;
 use super::flights::Flights;
 use super::progress::{Imported, Tracker};
+use super::relay::Relays;
 use super::request::{Source, Wanted};
 use super::resolve::Image;
 use super::traffic::Traffic;
+use super::underway::{Brings, Underway};
 use crate::bandwidth::Bandwidth;
 use crate::containerd::{self, Containerd, Labels, Layer, Lease, SNAPSHOT_LABEL, UNCOMPRESSED_LABEL};
 use crate::kubelet::{Records, Restriction};
 use crate::metrics::Metrics;
 
-/// What each of the layers that move at once takes next: the lowest keeps unpacking busy, the largest takes longest.
-const LANES: [Next; 3] = [Next::Lowest, Next::Largest, Next::Largest];
+/// How many layers of one image move at once.
+const CONCURRENT_BLOBS: usize = 3;
+
+/// How many may wait beside for a source that is getting the image itself: so that what it has already is not behind what it
+/// will have.
+const WAITING_BLOBS: usize = 5;
 
 /// How many chunks of 2 MiB may be here, or on their way, before those that are being written.
 const AHEAD: usize = 8;
@@ -48,6 +54,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// Who moves which blob.
     pub flights: Flights,
+    /// Which images are on their way here.
+    pub underway: Underway,
     /// How busy the peers are, and how fast.
     pub traffic: Traffic,
     /// Room for what comes before it can be written, in chunks.
@@ -68,6 +76,7 @@ impl Context {
             visible_within: Duration::from_secs(60),
             metrics: Arc::default(),
             flights: Flights::default(),
+            underway: Underway::default(),
             traffic: Traffic::default(),
             ahead: Arc::new(Semaphore::new(AHEAD)),
             records: None,
@@ -84,34 +93,23 @@ pub(super) struct Run<'a> {
     pub max_bytes: Option<u64>,
     pub tracker: &'a Tracker,
     pub lease: Lease,
+    pub brings: &'a Brings,
+    pub relays: Relays,
 }
 
-/// Which layer moves next.
-#[derive(Clone, Copy, Debug)]
-enum Next {
-    Lowest,
-    Largest,
-}
-
-/// Layers that nobody has begun to move, by their place in the manifest, with their sizes; each digest once.
-struct Left(Mutex<Vec<(usize, u64)>>);
-
-impl Left {
-    fn new(layers: &[Descriptor]) -> Self {
-        let mut seen = HashSet::new();
-        let all = layers.iter().enumerate().filter(|(_, layer)| seen.insert(&layer.digest));
-        Self(Mutex::new(all.map(|(at, layer)| (at, layer.size)).collect()))
+/// The layers in the order in which they begin to move, each digest once: of three in a row the lowest, which is unpacked first, and
+/// the two largest, which take longest.
+fn order(layers: &[Descriptor]) -> Vec<&Descriptor> {
+    let mut seen = HashSet::new();
+    let mut left: Vec<&Descriptor> = layers.iter().filter(|layer| seen.insert(&layer.digest)).collect();
+    let mut ordered = Vec::with_capacity(left.len());
+    while !left.is_empty() {
+        let lowest = ordered.len() % CONCURRENT_BLOBS == 0;
+        // Of equal ones the lowest.
+        let largest = (0..left.len()).rev().max_by_key(|at| left[*at].size).unwrap_or(0);
+        ordered.push(left.remove(if lowest { 0 } else { largest }));
     }
-
-    fn take(&self, next: Next) -> Option<usize> {
-        let mut left = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = match next {
-            Next::Lowest => 0,
-            // Of equal ones the lowest.
-            Next::Largest => (0..left.len()).rev().max_by_key(|index| left[*index].1)?,
-        };
-        (index < left.len()).then(|| left.remove(index).0)
-    }
+    ordered
 }
 
 impl Run<'_> {
@@ -184,16 +182,13 @@ impl Run<'_> {
     /// Moves the layers, several at once, and unpacks each as soon as it and those below have arrived.
     async fn move_and_unpack(&self, image: &Image, snapshotter: &str) -> Result<(), Failure> {
         let layers = &image.manifest.layers;
-        let left = Left::new(layers);
         let arrived = watch::Sender::new(HashSet::<Digest>::new());
-        let lane = async |next| {
-            while let Some(at) = left.take(next) {
-                self.bring(&layers[at], &arrived).await?;
-            }
-            Ok::<_, Failure>(())
-        };
+        let places = Semaphore::new(CONCURRENT_BLOBS);
+        let moves: Vec<_> =
+            order(layers).into_iter().map(|layer| self.bring(layer, &places, &arrived)).collect();
         let moving = async {
-            try_join_all(LANES.map(lane)).await?;
+            let moves = stream::iter(moves).buffer_unordered(CONCURRENT_BLOBS + WAITING_BLOBS);
+            moves.try_collect::<()>().await?;
             self.tracker.stage(Stage::Unpacking);
             Ok(())
         };
@@ -218,8 +213,14 @@ impl Run<'_> {
     async fn bring(
         &self,
         layer: &Descriptor,
+        places: &Semaphore,
         arrived: &watch::Sender<HashSet<Digest>>,
     ) -> Result<(), Failure> {
+        if self.containerd().blob(&layer.digest).await?.is_none() {
+            self.await_relays(layer).await;
+        }
+        // In order, for they are unpacked in order. It is never closed.
+        let _place = places.acquire().await;
         self.obtain(layer, Labels::new()).await?;
         arrived.send_modify(|arrived| {
             arrived.insert(layer.digest.clone());
@@ -252,13 +253,8 @@ mod tests {
         };
         let mut layers: Vec<Descriptor> = sizes.iter().enumerate().map(layer).collect();
         layers.push(layers[2].clone());
-        let left = Left::new(&layers);
-        let taken = LANES.map(|next| left.take(next));
-        assert_eq!(taken, [Some(0), Some(2), Some(3)]);
-        assert_eq!(left.take(Next::Lowest), Some(1));
-        assert_eq!(
-            (left.take(Next::Largest), left.take(Next::Largest), left.take(Next::Lowest)),
-            (Some(4), None, None)
-        );
+        let ordered: Vec<u64> = order(&layers).into_iter().map(|layer| layer.size).collect();
+        assert_eq!(ordered, [5, 9, 9, 1, 2]);
+        assert_eq!(order(&layers)[1].digest, layers[2].digest, "of equal ones the lowest");
     }
 }

@@ -88,6 +88,12 @@ impl Traffic {
         Some(chosen)
     }
 
+    /// The most bytes a second that one of `sources` has given in all; nothing if that is not known of any.
+    pub(super) fn rate(&self, sources: &[Source]) -> Option<f64> {
+        let standings = self.lock();
+        sources.iter().filter_map(|source| standings.get(&source.node)?.rate).max_by(f64::total_cmp)
+    }
+
     /// How long a source may take over `bytes` before another of `others` had better be asked; for ever, if nothing is known
     /// of them.
     pub(super) fn patience(&self, bytes: u64, others: &[Source]) -> Option<Duration> {
@@ -135,7 +141,12 @@ mod tests {
     use super::*;
 
     fn source(node: &str) -> Source {
-        Source { node: node.to_owned(), address: ([127, 0, 0, 1], 1).into(), last_resort: false }
+        Source {
+            node: node.to_owned(),
+            address: ([127, 0, 0, 1], 1).into(),
+            last_resort: false,
+            relay: false,
+        }
     }
 
     async fn seat(traffic: &Traffic, sources: &[Source]) -> Seat {

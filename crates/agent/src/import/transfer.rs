@@ -9,8 +9,10 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::failure::Failure;
 use super::progress::{Imported, State, Tracker};
+use super::relay::Relays;
 use super::request::{ImportRequest, Source, TransferId, Wanted};
 use super::run::{Context, Run};
+use super::underway::Brings;
 use crate::containerd::{self, Containerd, Lease};
 use crate::kubelet::Restriction;
 
@@ -157,11 +159,12 @@ impl Transfer {
     pub(super) async fn drive(&self, context: &Arc<Context>, slots: &Semaphore, stop: &CancellationToken) {
         let _over = self.over.clone().drop_guard();
         context.metrics.import_started();
+        let brings = context.underway.begin(&self.wanted.digest, self.tracker.subscribe());
         let outcome = tokio::select! {
             biased;
             () = self.cancel.cancelled() => Err(Failure::Cancelled(self.status().reason)),
             () = stop.cancelled() => return context.metrics.import_ended("interrupted"),
-            outcome = self.run(context, slots) => outcome,
+            outcome = self.run(context, slots, &brings) => outcome,
         };
         let id = self.id.as_str();
         let keep = match &outcome {
@@ -186,7 +189,12 @@ impl Transfer {
         self.tracker.end(outcome);
     }
 
-    async fn run(&self, context: &Arc<Context>, slots: &Semaphore) -> Result<Imported, Failure> {
+    async fn run(
+        &self,
+        context: &Arc<Context>,
+        slots: &Semaphore,
+        brings: &Brings,
+    ) -> Result<Imported, Failure> {
         let Ok(_slot) = slots.acquire().await else {
             return Err(Failure::Cancelled("ended: the agent is stopping"));
         };
@@ -196,7 +204,8 @@ impl Transfer {
         let sources = self.sources.subscribe();
         let restriction = self.restriction.subscribe();
         let (wanted, max_bytes, tracker) = (&self.wanted, self.max_bytes, &self.tracker);
-        let run = Run { context, wanted, sources, restriction, max_bytes, tracker, lease };
+        let relays = Relays::default();
+        let run = Run { context, wanted, sources, restriction, max_bytes, tracker, lease, brings, relays };
         let mut restarts = 0;
         loop {
             match run.import().await {

@@ -9,6 +9,7 @@ use serde_json::json;
 use tote_image::Digest;
 
 use crate::containerd::Error;
+use crate::import::Arrived;
 
 /// Why nothing is given.
 #[derive(Clone, Debug)]
@@ -24,6 +25,8 @@ pub(super) enum Refusal {
     /// The blob's size, for a range beyond it.
     Range(u64),
     Unavailable(String),
+    /// It is on its way here.
+    Coming(Arrived),
 }
 
 impl Refusal {
@@ -38,7 +41,7 @@ impl Refusal {
             Self::ManifestUnknown(_) => "MANIFEST_UNKNOWN",
             Self::BlobUnknown(_) => "BLOB_UNKNOWN",
             Self::Range(_) => "RANGE_INVALID",
-            Self::Unavailable(_) => "UNAVAILABLE",
+            Self::Unavailable(_) | Self::Coming(_) => "UNAVAILABLE",
         }
     }
 
@@ -49,7 +52,7 @@ impl Refusal {
             Self::NotFound(_) | Self::ManifestUnknown(_) | Self::BlobUnknown(_) => StatusCode::NOT_FOUND,
             Self::NameInvalid(_) | Self::DigestInvalid(_) => StatusCode::BAD_REQUEST,
             Self::Range(_) => StatusCode::RANGE_NOT_SATISFIABLE,
-            Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unavailable(_) | Self::Coming(_) => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
@@ -62,6 +65,7 @@ impl Refusal {
             Self::ManifestUnknown(what) => format!("no such manifest on this node: {what}"),
             Self::BlobUnknown(what) => format!("no such blob on this node: {what}"),
             Self::Range(size) => format!("the range lies beyond the blob's {size} bytes"),
+            Self::Coming(_) => "it is on its way to this node".to_owned(),
             Self::DigestInvalid(reason) | Self::Unavailable(reason) => reason.clone(),
         }
     }
@@ -85,6 +89,9 @@ impl From<Refusal> for Response {
                 headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
             }
             Refusal::Range(size) => set(headers, header::CONTENT_RANGE, &format!("bytes */{size}")),
+            Refusal::Coming(arrived) => {
+                set(headers, header::HeaderName::from_static(Arrived::HEADER), &arrived.to_string());
+            }
             _ => {}
         }
         response

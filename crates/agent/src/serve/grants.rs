@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tote_image::{Digest, Document, MAX_DOCUMENT_BYTES, Manifest};
 
 use crate::containerd::{self, Containerd};
-use crate::import::TransferId;
+use crate::import::{Arrived, Bringing, TransferId};
 
 /// The most grants at once, and the most blobs of one.
 const MOST: usize = 1024;
@@ -19,7 +19,19 @@ const MOST_BLOBS: usize = 16_384;
 struct Grant {
     reader: String,
     blobs: HashSet<Digest>,
+    /// The image, where it may be on its way here: what is known to belong to it is granted, too.
+    coming: Option<Arc<Bringing>>,
     until: Instant,
+}
+
+impl Grant {
+    fn is_for(&self, reader: &str, now: Instant) -> bool {
+        self.until > now && self.reader == reader
+    }
+
+    fn covers(&self, blob: &Digest) -> bool {
+        self.blobs.contains(blob) || self.coming.as_ref().is_some_and(|image| image.has(blob))
+    }
 }
 
 /// Why nothing is granted.
@@ -57,12 +69,28 @@ impl Grants {
         until: Instant,
         now: Instant,
     ) -> Result<(), GrantError> {
+        self.insert(transfer, Grant { reader, blobs, coming: None, until }, now)
+    }
+
+    /// The same for an image that may be on its way here: these blobs of it are here already.
+    pub fn give_coming(
+        &self,
+        transfer: TransferId,
+        reader: String,
+        (blobs, image): (HashSet<Digest>, Arc<Bringing>),
+        until: Instant,
+        now: Instant,
+    ) -> Result<(), GrantError> {
+        self.insert(transfer, Grant { reader, blobs, coming: Some(image), until }, now)
+    }
+
+    fn insert(&self, transfer: TransferId, grant: Grant, now: Instant) -> Result<(), GrantError> {
         let mut grants = self.lock();
         grants.retain(|_, grant| grant.until > now);
         if grants.len() >= MOST && !grants.contains_key(&transfer) {
             return Err(GrantError::Full);
         }
-        grants.insert(transfer, Grant { reader, blobs, until });
+        grants.insert(transfer, grant);
         Ok(())
     }
 
@@ -73,9 +101,17 @@ impl Grants {
 
     /// Whether a node may read a blob now.
     pub fn allow(&self, reader: &str, blob: &Digest, now: Instant) -> bool {
-        self.lock()
-            .values()
-            .any(|grant| grant.until > now && grant.reader == reader && grant.blobs.contains(blob))
+        self.lock().values().any(|grant| grant.is_for(reader, now) && grant.covers(blob))
+    }
+
+    /// How far the image is on its way here to which a blob that a node may read belongs, or may belong: before the image's
+    /// documents are here nothing tells.
+    pub fn coming(&self, reader: &str, blob: &Digest, now: Instant) -> Option<Arrived> {
+        let grants = self.lock();
+        let images =
+            grants.values().filter(|grant| grant.is_for(reader, now)).filter_map(|g| g.coming.as_ref());
+        let fitting = images.filter(|image| !image.is_known() || image.has(blob));
+        fitting.filter_map(|image| image.arrived(now)).max_by_key(|arrived| arrived.bytes)
     }
 
     /// How many there are now.

@@ -69,12 +69,15 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Refuses what was not granted to it.
-    fn may_read(&self, digest: &Digest) -> Result<(), Refusal> {
-        if self.served.grants.allow(&self.node, digest, Instant::now()) {
-            return Ok(());
+    /// Refuses what was not granted to it. Gives what to refuse it with if it is not here: to be asked before that is looked at,
+    /// for what is on its way may arrive meanwhile.
+    fn may_read(&self, digest: &Digest, unknown: fn(String) -> Refusal) -> Result<Refusal, Refusal> {
+        let (grants, now) = (&self.served.grants, Instant::now());
+        let coming = grants.coming(&self.node, digest, now).map(Refusal::Coming);
+        if grants.allow(&self.node, digest, now) {
+            return Ok(coming.unwrap_or_else(|| unknown(digest.to_string())));
         }
-        Err(self.denied(digest.as_str()))
+        Err(coming.unwrap_or_else(|| self.denied(digest.as_str())))
     }
 
     async fn turn(&self) -> Result<Turn, Refusal> {
@@ -131,7 +134,7 @@ async fn handle(State(served): State<Served>, request: Request) -> Response {
     let answer = match path::parse(parts.uri.path()) {
         Ok(Asked::Version) => Ok(answer::version()),
         Ok(Asked::Manifest(path)) => manifest(&reader, &path, params.ns.as_deref(), &parts.headers).await,
-        Ok(Asked::Blob(digest)) => blob(&reader, &digest, &parts.headers).await,
+        Ok(Asked::Blob(digest)) => blob(&reader, &digest, &parts.method, &parts.headers).await,
         Err(refusal) => Err(refusal),
     };
     let mut response = answer.unwrap_or_else(Response::from);
@@ -152,11 +155,11 @@ async fn manifest(
         Version::Digest(digest) => digest.clone(),
         Version::Tag(tag) => resolve(reader, &path.name, tag, ns).await?,
     };
-    reader.may_read(&digest)?;
+    let absent = reader.may_read(&digest, Refusal::ManifestUnknown)?;
     let served = reader.served;
     let turn = reader.turn().await?;
     let unknown = || Refusal::ManifestUnknown(digest.to_string());
-    let found = served.containerd.blob(&digest).await?.ok_or_else(unknown)?;
+    let found = served.containerd.blob(&digest).await?.ok_or(absent)?;
     if found.size > MAX_DOCUMENT_BYTES {
         return Err(unknown());
     }
@@ -186,16 +189,24 @@ async fn resolve(reader: &Reader<'_>, name: &str, tag: &str, ns: Option<&str>) -
     Ok(record.target.digest)
 }
 
-async fn blob(reader: &Reader<'_>, digest: &Digest, headers: &HeaderMap) -> Result<Response, Refusal> {
-    reader.may_read(digest)?;
+async fn blob(
+    reader: &Reader<'_>,
+    digest: &Digest,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Result<Response, Refusal> {
+    let absent = reader.may_read(digest, Refusal::BlobUnknown)?;
     let served = reader.served;
-    let unknown = || Refusal::BlobUnknown(digest.to_string());
-    let found = served.containerd.blob(digest).await?.ok_or_else(unknown)?;
+    let found = served.containerd.blob(digest).await?.ok_or_else(|| absent.clone())?;
     let range = answer::range(headers, found.size)?;
     let (from, to) = range.clone().map_or((0, found.size), |range| (*range.start(), *range.end() + 1));
+    if method == Method::HEAD {
+        // Nothing is sent, so it needs no turn.
+        return Ok(answer::content(digest, "application/octet-stream", found.size, range, Body::empty()));
+    }
     let turn = reader.turn().await?;
     let pieces = match served.containerd.read(digest, from, to - from).await {
-        Err(Error::NotFound(_)) => return Err(unknown()),
+        Err(Error::NotFound(_)) => return Err(absent),
         other => other?,
     };
     let body = reader.feed(digest, pieces, turn);

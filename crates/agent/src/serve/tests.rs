@@ -8,13 +8,14 @@ use tower::ServiceExt;
 
 use super::*;
 use crate::containerd::Fake;
-use crate::import::TransferId;
+use crate::import::{State, TransferId, Underway};
 use crate::testing::{Blobs, noise, tar};
 
 /// Bytes of a layer: more than the pieces that wait for a reader.
 const LAYER: usize = 200_000;
 
 struct Registry {
+    fake: Fake,
     router: Router,
     image: Blobs,
     grants: Grants,
@@ -31,9 +32,9 @@ impl Registry {
         let image = Blobs::image(&[tar(&[("a", &noise(LAYER))])]).indexed();
         image.pull_into(&fake, "registry.test/a/b:1");
         let metrics = Arc::<Metrics>::default();
-        let served = Served { stall, ..Served::new(Arc::new(fake), metrics.clone()) };
+        let served = Served { stall, ..Served::new(Arc::new(fake.clone()), metrics.clone()) };
         let grants = served.grants.clone();
-        let registry = Self { router: router(served), image, grants, metrics };
+        let registry = Self { fake, router: router(served), image, grants, metrics };
         registry.grant("reader", &registry.image.digests());
         registry
     }
@@ -254,4 +255,53 @@ async fn a_grant_that_ends_frees_what_nobody_reads() {
     let document = format!("/v2/a/b/manifests/{}", registry.image.target.digest);
     let free = async { while registry.open(&document).await.status() != StatusCode::OK {} };
     tokio::time::timeout(Duration::from_secs(20), free).await.expect("what ended holds no turn");
+}
+
+/// A blob that is on its way is told from one that is not here, to whoever may read it and nobody else.
+#[tokio::test]
+async fn what_is_on_its_way_is_told_to_those_who_may_read_it() {
+    let registry = Registry::new();
+    let image = Blobs::image(&[tar(&[("b", b"2")])]).indexed();
+    let (underway, id) = (Underway::default(), TransferId::parse("early").unwrap());
+    let (root, layer) = (&image.target.digest, &image.layers[0].digest);
+    let (blob, index) = (format!("/v2/a/b/blobs/{layer}"), format!("/v2/a/b/manifests/{root}"));
+    let now = Instant::now();
+    let coming = underway.expect(root, now);
+    let until = now + Duration::from_secs(60);
+    assert_eq!(registry.ask("GET", &blob, "").await.0, StatusCode::FORBIDDEN);
+    registry
+        .grants
+        .give_coming(id.clone(), "reader".to_owned(), ([root.clone()].into(), coming), until, now)
+        .unwrap();
+    // Nothing says yet what belongs to it.
+    for (method, path) in [("GET", &blob), ("HEAD", &blob), ("GET", &index)] {
+        let (status, headers, _) = registry.ask(method, path, "").await;
+        assert_eq!(
+            (status, &headers["tote-in-flight"]),
+            (StatusCode::SERVICE_UNAVAILABLE, &"0/0".parse().unwrap())
+        );
+    }
+    let (status, headers, _) = registry.ask_as(Some(Role::Node("other".into())), "GET", &blob, "").await;
+    assert_eq!((status, headers.get("tote-in-flight")), (StatusCode::FORBIDDEN, None));
+    // Once it is there it is given, by the same grant, and what does not belong to it is not.
+    let states = tokio::sync::watch::Sender::new(State::default());
+    let brings = underway.begin(root, states.subscribe());
+    states.send_modify(|state| (state.progress.transferred, state.progress.total) = (3, 10));
+    brings.learn([layer]);
+    brings.learnt_all();
+    let (_, headers, _) = registry.ask("GET", &blob, "").await;
+    assert_eq!(headers["tote-in-flight"], "3/10");
+    let stranger = format!("/v2/a/b/blobs/{}", Digest::sha256(b"stranger"));
+    assert_eq!(registry.ask("GET", &stranger, "").await.0, StatusCode::FORBIDDEN);
+    let (status, headers, body) = {
+        registry.fake.put(&image.bytes[layer], [].into());
+        registry.ask("GET", &blob, "").await
+    };
+    assert_eq!((status, headers.get("tote-in-flight"), &body), (StatusCode::OK, None, &image.bytes[layer]));
+    // The transfer ends: what has not come does not.
+    drop(brings);
+    assert_eq!(registry.ask("GET", &index, "").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(registry.ask("GET", &blob, "").await.0, StatusCode::OK);
+    assert!(registry.grants.revoke(&id, Instant::now()));
+    assert_eq!(registry.ask("GET", &blob, "").await.0, StatusCode::FORBIDDEN);
 }

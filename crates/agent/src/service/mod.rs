@@ -239,10 +239,18 @@ impl agent_server::Agent for Service {
         let seconds = seconds.ok_or_else(|| {
             wrong("seconds", &request.seconds.to_string(), &format!("must be 1 to {LONGEST_GRANT}"))
         })?;
-        let blobs = blobs_below(self.imports.containerd(), &digest).await?;
+        // Before what is here is looked at: what comes meanwhile is known by it.
+        let coming = request.expected.then(|| self.imports.underway().expect(&digest, Instant::now()));
+        let blobs = match blobs_below(self.imports.containerd(), &digest).await {
+            Err(GrantError::Unknown(root)) if coming.is_some() => [root].into(),
+            blobs => blobs?,
+        };
         let (count, now) = (blobs.len(), Instant::now());
         let until = now + Duration::from_secs(seconds);
-        self.grants.give(id, request.node_name, blobs, until, now)?;
+        match coming {
+            Some(image) => self.grants.give_coming(id, request.node_name, (blobs, image), until, now)?,
+            None => self.grants.give(id, request.node_name, blobs, until, now)?,
+        }
         Ok(Response::new(v1::GrantResponse { blobs: i64::try_from(count).unwrap_or(i64::MAX) }))
     }
 

@@ -8,6 +8,7 @@ mod hostile;
 mod killed;
 mod peers;
 mod records;
+mod relay;
 mod repair;
 mod shared;
 mod sources;

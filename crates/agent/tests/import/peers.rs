@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::Fake;
 use tote_agent::import::{Context, ImportRequest, Imports, Lifetimes, Patience, TransferId};
-use tote_agent::serve::{Served, router};
+use tote_agent::serve::{Grants, Served, router};
 use tote_agent::testing::Blobs;
 use tote_image::Digest;
 use tote_rpc::testing::{NoAgent, Pki};
@@ -60,6 +60,7 @@ pub struct Peer {
     pub node: String,
     pub address: SocketAddr,
     pub fake: Fake,
+    grants: Grants,
     tricks: Arc<Mutex<HashMap<Digest, Trick>>>,
     asked: Arc<Mutex<HashMap<Digest, Vec<u64>>>>,
 }
@@ -74,10 +75,6 @@ impl Peer {
         let asked: Arc<Mutex<HashMap<Digest, Vec<u64>>>> = Arc::default();
         let served = Served::new(Arc::new(fake.clone()), Arc::default());
         let grants = served.grants.clone();
-        let now = Instant::now();
-        let until = now + Duration::from_secs(600);
-        let blobs = image.digests().into_iter().collect();
-        grants.give(TransferId::parse("t").unwrap(), READER.to_owned(), blobs, until, now).unwrap();
         let api = router(served);
         let (tricking, counting) = (tricks.clone(), asked.clone());
         let app = axum::Router::new().fallback(move |request: Request| {
@@ -103,7 +100,17 @@ impl Peer {
         let identity = PKI.node(&node, "127.0.0.1");
         let (refusals, stop) = (Arc::new(|_| {}), CancellationToken::new());
         tokio::spawn(tote_rpc::serve(listener, identity, NoAgent, app, refusals, stop));
-        Self { node, address, fake, tricks, asked }
+        let peer = Self { node, address, fake, grants, tricks, asked };
+        peer.let_read(READER, image);
+        peer
+    }
+
+    /// Lets a node read an image's blobs.
+    pub fn let_read(&self, reader: &str, image: &Blobs) {
+        let now = Instant::now();
+        let until = now + Duration::from_secs(600);
+        let (blobs, id) = (image.digests().into_iter().collect(), format!("for-{reader}"));
+        self.grants.give(TransferId::parse(&id).unwrap(), reader.to_owned(), blobs, until, now).unwrap();
     }
 
     /// Plays a trick whenever it is asked for a blob.
@@ -185,6 +192,7 @@ pub const PATIENCE: Patience = Patience {
     piece: Duration::from_millis(500),
     pause: Duration::from_millis(20),
     rounds: 3,
+    growth: Duration::from_millis(500),
 };
 
 pub const LIFETIMES: Lifetimes =
@@ -209,7 +217,7 @@ pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRe
     let source = |peer: &&Peer| v1::Source {
         node_name: peer.node.clone(),
         address: peer.address.to_string(),
-        last_resort: false,
+        ..v1::Source::default()
     };
     let request = v1::ImportRequest {
         term: None,

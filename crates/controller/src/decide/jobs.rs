@@ -16,7 +16,8 @@ use crate::backoff::delay;
 use crate::detect::{Wait, WaitingPod};
 use crate::fleet::NodeName;
 use crate::salvage::{
-    Assignment, Demand, Job, MAX_HELD_BY, Progress, Run, Source, Step, Turn, after, plan, schedule, status,
+    Agent, Assignment, Demand, Job, MAX_HELD_BY, Progress, Run, Source, Step, Turn, after, plan, schedule,
+    status,
 };
 use crate::text;
 use crate::world::World;
@@ -171,7 +172,8 @@ impl State {
             }
             Run::Idle | Run::BackOff { .. } => return None,
         };
-        Some(Assignment { digest, node: job.spec.node_name.as_str().into(), sources })
+        let node: NodeName = job.spec.node_name.as_str().into();
+        Some(Assignment { digest, agent: agent(&self.world, &node), node, sources })
     }
 
     /// One step of one job; a demand if it wants a slot.
@@ -232,10 +234,13 @@ impl State {
                     );
                 }
                 status::access(job, access, &message, now);
+                let node: NodeName = job.spec.node_name.as_str().into();
                 return Some(Demand {
                     origin: uid.clone(),
                     digest,
-                    node: job.spec.node_name.as_str().into(),
+                    agent: agent(&self.world, &node),
+                    node,
+                    relays: job.spec.source_node_name.is_none(),
                     reluctance: reluctance(job, &self.world, &sources),
                     sources,
                     begun: job.has_begun(),
@@ -354,14 +359,17 @@ fn finish(job: &mut Job, progress: &Progress, now: Timestamp) {
     status::enter(job, Phase::Imported, "Imported", &message, now);
 }
 
-/// Sources that an earlier attempt failed with come last, before them those on nodes that had better be left alone.
+/// The agent of a target, where others may take from it what has come.
+fn agent(world: &World, node: &NodeName) -> Option<Agent> {
+    let known = world.fleet.node(node).filter(|_| !world.is_shaky(node) && !world.is_runtime_down(node))?;
+    Some(Agent { address: known.address.clone(), platform: known.platform.clone() })
+}
+
+/// Nodes that an earlier attempt failed with come last, before them sources on nodes that had better be left alone.
 fn reluctance(job: &Job, world: &World, sources: &[Source]) -> BTreeMap<NodeName, u8> {
     let of = |node: &NodeName| u8::from(world.is_shaky(node)) + 2 * u8::from(job.tried.contains(node));
-    sources
-        .iter()
-        .map(|source| (source.node.clone(), of(&source.node)))
-        .filter(|(_, late)| *late > 0)
-        .collect()
+    let nodes = sources.iter().map(|source| &source.node).chain(&job.tried);
+    nodes.map(|node| (node.clone(), of(node))).filter(|(_, late)| *late > 0).collect()
 }
 
 fn pause(job: &Job, failures: u32, now: Timestamp) -> Timestamp {

@@ -1,7 +1,7 @@
 //! What the sources of a transfer are told: that its target may read the image, for a while, again and again until the
 //! transfer ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -23,6 +23,8 @@ pub struct Grants {
     life: Duration,
     /// By source: the session in which it was last asked, if it was.
     asked: BTreeMap<NodeName, Option<u64>>,
+    /// Those that may not have the image yet, for a transfer brings it there.
+    relays: BTreeSet<NodeName>,
 }
 
 impl Grants {
@@ -34,16 +36,22 @@ impl Grants {
             node_name: target.to_owned(),
             digest: import.digest.clone(),
             seconds: i64::try_from(life.as_secs()).unwrap_or(i64::MAX),
+            expected: false,
         };
         let asked = import.sources.iter().map(|source| (source.node_name.as_str().into(), None)).collect();
-        Self { agents, request, life, asked }
+        let relays = import.sources.iter().filter(|source| source.relay);
+        let relays = relays.map(|source| source.node_name.as_str().into()).collect();
+        Self { agents, request, life, asked, relays }
     }
 
     /// Asks every source at once; returns those that do not grant it, each with the reason.
     pub async fn give(&mut self) -> Vec<(NodeName, String)> {
         let calls = self.asked.keys().map(|node| {
             let (node, session) = (node.clone(), self.agents.session(node));
-            let request = self.request.clone();
+            let request = v1::GrantRequest {
+                expected: self.relays.contains(node.as_ref() as &str),
+                ..self.request.clone()
+            };
             async move {
                 let Some((number, mut client)) = session else {
                     return (node, None, Err("has no session".to_owned()));

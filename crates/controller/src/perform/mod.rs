@@ -111,6 +111,7 @@ impl Performer {
                     node_name: source.node.to_string(),
                     address: source.address,
                     last_resort: source.last_resort,
+                    relay: source.relay,
                 });
                 let request = v1::ImportRequest {
                     term: Some(self.term.clone()),

@@ -97,6 +97,8 @@ pub struct Source {
     pub address: String,
     /// Whether it is to be asked only where no other gives what is wanted.
     pub last_resort: bool,
+    /// Whether it is getting the image itself, and gives each blob once it has it.
+    pub relay: bool,
 }
 
 /// How far a transfer is, in bytes.

@@ -9,7 +9,7 @@ mod target;
 
 pub use job::{Job, MAX_HELD_BY, Progress, Run, Source, Wanted, base_name, counter};
 pub use plan::{Plan, Step, plan};
-pub use schedule::{Assignment, Demand, Limits, MAX_SOURCES, Turn, schedule};
+pub use schedule::{Agent, Assignment, Demand, Limits, MAX_SOURCES, Turn, schedule};
 
 use jiff::{SignedDuration, Timestamp};
 

@@ -114,7 +114,7 @@ fn decide(job: &Job, world: &World, now: Timestamp, again: &mut Option<Timestamp
     }
     let found = look(job, wanted, world, now, again);
     match (&job.run, found) {
-        (Run::Running { sources, .. }, Ok((_, _, available, _))) => reattach(sources, &available),
+        (Run::Running { sources, .. }, Ok((_, _, available, _))) => reattach(sources, &available, world),
         // What it may not have, it may not get either: something was learnt meanwhile.
         (Run::Running { .. }, Err(Step::Wait { reason, message, cancel, access }))
             if cancel || access.is_some() =>
@@ -319,8 +319,8 @@ fn from_only(source: &str, missing: &Missing, image: &str, world: &World) -> Ste
 }
 
 /// A transfer gets a new list when one of its sources is gone or moved: first those that it keeps, for they were
-/// chosen by load.
-fn reattach(given: &[Source], available: &[Source]) -> Step {
+/// chosen by load. One that took from a relay that is gone has the others.
+fn reattach(given: &[Source], available: &[Source], world: &World) -> Step {
     if given.is_empty() || available.is_empty() {
         // With nothing to move from, a new list would only take away what the agent may still be reading.
         return if given.is_empty() && !available.is_empty() {
@@ -333,13 +333,23 @@ fn reattach(given: &[Source], available: &[Source]) -> Step {
     let is_among = |source: &Source, list: &[Source]| {
         list.iter().any(|other| (&other.node, &other.address) == (&source.node, &source.address))
     };
-    let lost = given.iter().any(|source| !is_among(source, available));
+    // One that is getting the image itself does not hold it yet. How its transfer goes the agent sees.
+    let relays: Vec<Source> = given
+        .iter()
+        .filter(|source| {
+            source.relay && world.source(&source.node).is_some_and(|now| now.address == source.address)
+        })
+        .cloned()
+        .collect();
+    let lost = given.iter().any(|source| !is_among(source, available) && !is_among(source, &relays));
     if !lost {
         return Step::Keep;
     }
-    let (kept, others): (Vec<Source>, Vec<Source>) =
-        available.iter().cloned().partition(|source| is_among(source, given));
-    Step::Attach { sources: kept.into_iter().chain(others).collect() }
+    let others = available.iter().filter(|source| !is_among(source, &relays)).cloned();
+    let others =
+        others.map(|source| Source { last_resort: source.last_resort || !relays.is_empty(), ..source });
+    let (kept, others): (Vec<Source>, Vec<Source>) = others.partition(|source| is_among(source, given));
+    Step::Attach { sources: relays.into_iter().chain(kept).chain(others).collect() }
 }
 
 /// `5.0 MiB from a, b`, for messages.

@@ -1,9 +1,9 @@
 //! Whose turn it is: slots are a matter of the whole fleet, not of one job.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use jiff::Timestamp;
-use tote_image::Digest;
+use tote_image::{Digest, Platform};
 
 use super::job::Source;
 use crate::fleet::NodeName;
@@ -18,8 +18,17 @@ pub struct Limits {
     pub cluster: usize,
     /// Transfers to one node.
     pub target: usize,
-    /// Transfers that have one node among their sources.
+    /// Transfers that take from one node. One that has it as a last resort, beside others, does not count.
     pub source: usize,
+}
+
+/// The agent of a target, by which others may take from there what has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Agent {
+    /// `ip:port`.
+    pub address: String,
+    /// The node's platform: to one of another it has not all to give.
+    pub platform: Platform,
 }
 
 /// Something that wants a transfer.
@@ -31,9 +40,13 @@ pub struct Demand {
     pub digest: Digest,
     /// Where to.
     pub node: NodeName,
+    /// The target's agent; `None` if others had better not take from there.
+    pub agent: Option<Agent>,
     /// Where it is to be had; empty if nothing needs to be moved.
     pub sources: Vec<Source>,
-    /// Sources that had better be used after others; the higher, the later. 0 for one that is not named.
+    /// Whether it may be had of others that are getting it, too.
+    pub relays: bool,
+    /// Nodes that had better be used after others; the higher, the later. 0 for one that is not named.
     pub reluctance: BTreeMap<NodeName, u8>,
     /// Whether the target's agent may be at it already: it goes first, whatever its priority.
     pub begun: bool,
@@ -50,6 +63,8 @@ pub struct Assignment {
     pub digest: Digest,
     /// Where to.
     pub node: NodeName,
+    /// The target's agent; `None` if others had better not take from there.
+    pub agent: Option<Agent>,
     /// The sources it was given.
     pub sources: Vec<Source>,
 }
@@ -65,18 +80,12 @@ pub enum Turn {
 
 /// Hands out the free slots: to what has begun, then by priority, then age. One digest goes to one node in one transfer at a time; who
 /// else wants it there goes after, and then finds it.
+///
+/// Where every node that has an image feeds somebody with it already, the next target takes it of one that is getting it, and has the
+/// others as a last resort. So what a node gives is about one image, however many want it.
 pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> Vec<Turn> {
-    let mut total = running.len();
-    let mut targets: HashMap<NodeName, usize> = HashMap::new();
-    let mut sources: HashMap<NodeName, usize> = HashMap::new();
-    let mut moving: Vec<(Digest, NodeName)> = Vec::new();
-    for transfer in running {
-        *targets.entry(transfer.node.clone()).or_default() += 1;
-        for source in &transfer.sources {
-            *sources.entry(source.node.clone()).or_default() += 1;
-        }
-        moving.push((transfer.digest.clone(), transfer.node.clone()));
-    }
+    let mut moving = Moving::default();
+    running.iter().for_each(|transfer| moving.add(transfer.clone()));
     let mut order: Vec<usize> = (0..demands.len()).collect();
     order.sort_by(|&a, &b| {
         let (a, b) = (&demands[a], &demands[b]);
@@ -87,132 +96,124 @@ pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> V
     let mut turns = vec![Turn::Queued("a free slot"); demands.len()];
     for index in order {
         let demand = &demands[index];
-        if total >= limits.cluster {
+        if moving.transfers.len() >= limits.cluster {
             continue; // Priority is strict: nobody smaller overtakes for a slot of the cluster.
         }
-        if moving.iter().any(|(digest, node)| *digest == demand.digest && *node == demand.node) {
+        if moving.of(&demand.digest).any(|transfer| transfer.node == demand.node) {
             turns[index] = Turn::Queued("the same image that is being moved to this node for another job");
             continue;
         }
-        if targets.get(&demand.node).is_some_and(|&n| n >= limits.target) {
+        if moving.transfers.iter().filter(|transfer| transfer.node == demand.node).count() >= limits.target {
             turns[index] = Turn::Queued("a free slot of its node");
             continue;
         }
-        let load = |source: &Source| sources.get(&source.node).copied().unwrap_or(0);
-        let mut free: Vec<Source> =
-            demand.sources.iter().filter(|source| load(source) < limits.source).cloned().collect();
-        if free.is_empty() && !demand.sources.is_empty() {
+        let sources = moving.sources(demand, limits.source);
+        if sources.is_empty() && !demand.sources.is_empty() {
             turns[index] = Turn::Queued("a source that is less busy");
             continue;
         }
-        let reluctance = |source: &Source| demand.reluctance.get(&source.node).copied().unwrap_or(0);
-        free.sort_by_key(|source| (reluctance(source), load(source), source.node.clone()));
-        free.truncate(MAX_SOURCES);
-        for source in &mut free {
-            source.last_resort = reluctance(source) > 0;
-        }
-        total += 1;
-        *targets.entry(demand.node.clone()).or_default() += 1;
-        for source in &free {
-            *sources.entry(source.node.clone()).or_default() += 1;
-        }
-        moving.push((demand.digest.clone(), demand.node.clone()));
-        turns[index] = Turn::Start(free);
+        let (digest, node, agent) = (demand.digest.clone(), demand.node.clone(), demand.agent.clone());
+        moving.add(Assignment { digest, node, agent, sources: sources.clone() });
+        turns[index] = Turn::Start(sources);
     }
     turns
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The transfers under way, and those that were just started.
+#[derive(Default)]
+struct Moving {
+    transfers: Vec<Assignment>,
+    /// How many transfers take from a node.
+    loads: HashMap<NodeName, usize>,
+}
 
-    const LIMITS: Limits = Limits { cluster: 3, target: 2, source: 2 };
-
-    fn source(node: &str) -> Source {
-        Source { node: node.into(), address: format!("{node}:9090"), last_resort: false }
-    }
-
-    fn demand(origin: &str, digest: u8, node: &str, sources: &[&str]) -> Demand {
-        Demand {
-            origin: origin.into(),
-            digest: Digest::sha256(&[digest]),
-            node: node.into(),
-            sources: sources.iter().map(|s| source(s)).collect(),
-            reluctance: BTreeMap::new(),
-            begun: false,
-            priority: 0,
-            since: Timestamp::UNIX_EPOCH,
+impl Moving {
+    fn add(&mut self, transfer: Assignment) {
+        for source in givers(&transfer) {
+            *self.loads.entry(source.node.clone()).or_default() += 1;
         }
+        self.transfers.push(transfer);
     }
 
-    fn started(turns: &[Turn]) -> Vec<bool> {
-        turns.iter().map(|turn| matches!(turn, Turn::Start(_))).collect()
+    fn of(&self, digest: &Digest) -> impl Iterator<Item = &Assignment> {
+        self.transfers.iter().filter(move |transfer| transfer.digest == *digest)
     }
 
-    #[test]
-    fn priority_then_age_then_name_within_the_clusters_bound() {
-        let limits = Limits { cluster: 2, ..LIMITS };
-        let mut demands: Vec<Demand> =
-            [("a", 1), ("b", 2), ("c", 3), ("d", 4)].map(|(o, d)| demand(o, d, o, &["s", "t"])).into();
-        demands[0].since = Timestamp::from_second(9).unwrap();
-        demands[3].priority = 1;
-        assert_eq!(started(&schedule(&demands, &[], limits)), [false, true, false, true]);
-        demands[0].begun = true;
-        assert_eq!(started(&schedule(&demands, &[], limits)), [true, false, false, true]);
-        assert_eq!(started(&schedule(&[], &[], limits)), Vec::<bool>::new());
+    fn load(&self, node: &NodeName) -> usize {
+        self.loads.get(node).copied().unwrap_or(0)
     }
 
-    #[test]
-    fn one_digest_to_one_node_once() {
-        let demands = [demand("a", 1, "n", &["s"]), demand("b", 1, "n", &["s"]), demand("c", 1, "m", &["s"])];
-        let turns = schedule(&demands, &[], LIMITS);
-        assert_eq!(started(&turns), [true, false, true], "two nodes at once, one node once");
-        assert!(matches!(turns[1], Turn::Queued(why) if why.contains("same image")));
-        let running = Assignment { digest: Digest::sha256(&[1]), node: "m".into(), sources: vec![] };
-        assert_eq!(started(&schedule(&demands[2..], &[running], LIMITS)), [false]);
+    /// The sources of a demand; none if all are too busy.
+    fn sources(&self, demand: &Demand, limit: usize) -> Vec<Source> {
+        if demand.sources.is_empty() {
+            return Vec::new();
+        }
+        let reluctance = |node: &NodeName| demand.reluctance.get(node).copied().unwrap_or(0);
+        let load = |source: &Source| self.load(&source.node);
+        let mut whole = demand.sources.clone();
+        whole.sort_by_key(|source| (reluctance(&source.node), load(source), source.node.clone()));
+        for source in &mut whole {
+            source.last_resort = reluctance(&source.node) > 0;
+        }
+        let feeding: HashSet<&NodeName> =
+            self.of(&demand.digest).flat_map(givers).map(|source| &source.node).collect();
+        let idle =
+            |source: &Source| !source.last_resort && !feeding.contains(&source.node) && load(source) < limit;
+        let (mut first, others) = if demand.relays && whole.iter().any(idle) {
+            whole.into_iter().partition(idle)
+        } else if let Some(relay) = self.relay(demand, limit) {
+            (vec![relay], whole)
+        } else {
+            whole.retain(|source| load(source) < limit);
+            (whole, Vec::new())
+        };
+        first.extend(others.into_iter().map(|source| Source { last_resort: true, ..source }));
+        first.truncate(MAX_SOURCES);
+        first
     }
 
-    #[test]
-    fn targets_and_sources_are_not_overrun() {
-        let to_one = [1, 2, 3].map(|d| demand(&d.to_string(), d, "n", &["s", "t"]));
-        assert_eq!(started(&schedule(&to_one, &[], LIMITS)), [true, true, false]);
-        let from_one = [1, 2, 3].map(|d| demand(&d.to_string(), d, &format!("n{d}"), &["s"]));
-        assert_eq!(started(&schedule(&from_one, &[], LIMITS)), [true, true, false]);
-        let local = demand("x", 9, "n9", &[]);
-        assert_eq!(schedule(&[local], &[], LIMITS), [Turn::Start(vec![])], "nothing to move needs no source");
-    }
-
-    #[test]
-    fn the_least_busy_sources_are_given() {
-        let busy = Assignment { digest: Digest::sha256(&[9]), node: "z".into(), sources: vec![source("a")] };
-        let wide = demand("x", 1, "n", &["a", "b", "c", "d", "e", "f"]);
-        let turns = schedule(&[wide], &[busy], LIMITS);
-        assert_eq!(turns, [Turn::Start(["b", "c", "d", "e"].map(source).into())]);
-    }
-    #[test]
-    fn a_source_to_be_spared_is_given_after_busier_ones_and_alone_all_the_same() {
-        let busy = Assignment { digest: Digest::sha256(&[9]), node: "z".into(), sources: vec![source("a")] };
-        let mut wide = demand("x", 1, "n", &["a", "b", "c"]);
-        wide.reluctance = [("b".into(), 2), ("c".into(), 1)].into();
-        let turns = schedule(&[wide.clone()], &[busy], LIMITS);
-        let spared = |node: &str| Source { last_resort: true, ..source(node) };
-        assert_eq!(turns, [Turn::Start(vec![source("a"), spared("c"), spared("b")])]);
-        wide.sources = vec![source("b")];
-        assert_eq!(schedule(&[wide], &[], LIMITS), [Turn::Start(vec![spared("b")])]);
-    }
-
-    #[test]
-    fn one_that_waits_for_its_node_or_a_source_keeps_nobody_else_waiting() {
-        let full = [1, 2].map(|d| Assignment {
-            digest: Digest::sha256(&[d]),
-            node: "n".into(),
-            sources: vec![source("s")],
+    /// Of the nodes that are getting the image the one that fewest take from; of those that are alike, the first by name.
+    fn relay(&self, demand: &Demand, limit: usize) -> Option<Source> {
+        let platform = demand.relays.then_some(&demand.agent.as_ref()?.platform)?;
+        let getting = self.of(&demand.digest).filter(|transfer| {
+            // One without a source brings nothing that is not there, or is not under way now.
+            !transfer.sources.is_empty()
+                && !demand.reluctance.contains_key(&transfer.node)
+                && !demand.sources.iter().any(|source| source.node == transfer.node)
+                && !self.waits_for(transfer, &demand.node)
         });
-        let limits = Limits { cluster: 10, ..LIMITS };
-        let mut to_full = demand("a", 3, "n", &["t"]);
-        let mut from_full = demand("b", 4, "m", &["s"]);
-        (to_full.priority, from_full.priority) = (9, 9);
-        let demands = [to_full, from_full, demand("c", 5, "m", &["t"])];
-        assert_eq!(started(&schedule(&demands, &full, limits)), [false, false, true]);
+        let agents = getting.filter_map(|transfer| Some((&transfer.node, transfer.agent.as_ref()?)));
+        let fitting = agents.filter(|(_, agent)| agent.platform == *platform);
+        let loads =
+            fitting.map(|(node, agent)| (self.load(node), node, agent)).filter(|(load, ..)| *load < limit);
+        let (_, node, agent) = loads.min_by_key(|(load, node, _)| (*load, *node))?;
+        Some(Source { node: node.clone(), address: agent.address.clone(), last_resort: false, relay: true })
+    }
+
+    /// Whether a transfer gets what `node` is yet to get: from there, or from one that does.
+    fn waits_for(&self, transfer: &Assignment, node: &NodeName) -> bool {
+        let mut seen = vec![&transfer.node];
+        let mut next = 0;
+        while let Some(target) = seen.get(next).copied() {
+            if target == node {
+                return true;
+            }
+            let transfers = self.of(&transfer.digest).filter(|transfer| transfer.node == *target);
+            let relays = transfers.flat_map(|transfer| &transfer.sources).filter(|source| source.relay);
+            let more: Vec<&NodeName> =
+                relays.map(|source| &source.node).filter(|node| !seen.contains(node)).collect();
+            seen.extend(more);
+            next += 1;
+        }
+        false
     }
 }
+
+/// The sources that a transfer is to take from: those of last resort only where there is no other.
+fn givers(transfer: &Assignment) -> impl Iterator<Item = &Source> {
+    let spares = transfer.sources.iter().any(|source| !source.last_resort);
+    transfer.sources.iter().filter(move |source| !(spares && source.last_resort))
+}
+
+#[cfg(test)]
+mod tests;

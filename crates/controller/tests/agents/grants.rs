@@ -32,7 +32,7 @@ fn request(addresses: &[SocketAddr]) -> v1::ImportRequest {
     let source = |node: &str, at: usize| v1::Source {
         node_name: node.to_owned(),
         address: addresses[at].to_string(),
-        last_resort: false,
+        ..v1::Source::default()
     };
     v1::ImportRequest {
         transfer_id: "t-1".into(),
@@ -74,6 +74,30 @@ async fn sources_are_told_before_a_transfer_and_after_it() {
         assert_eq!(heard(source), ["grant t-1 to target", "revoke t-1"]);
     }
     assert_eq!(heard(&target), ["import t-1 from one two"]);
+}
+
+/// One that is getting the image itself may not know it yet; the others must.
+#[tokio::test]
+async fn a_relay_is_told_that_the_image_is_expected_there() {
+    let target = Played { import: Ok(done()), ..Played::new("target") };
+    let (one, two) = (Played::new("one"), Played::new("two"));
+    let (bench, addresses) = three(&target, &one, &two).await;
+    let mut request = request(&addresses);
+    request.sources[0].relay = true;
+    request.sources[1].last_resort = true;
+    follow(&bench, request.clone(), DEADLINE).await;
+    assert_eq!(heard(&one), ["grant t-1 to target, expected", "revoke t-1"]);
+    assert_eq!(heard(&two), ["grant t-1 to target", "revoke t-1"]);
+    assert_eq!(heard(&target), ["import t-1 from one (relay) two (last resort)"]);
+    // One that knows nothing of it is done without.
+    let one = Played { grant: Err(Code::NotFound), ..Played::new("one") };
+    let (bench, addresses) = three(&target, &one, &two).await;
+    for (at, source) in request.sources.iter_mut().enumerate() {
+        source.address = addresses[at + 1].to_string();
+    }
+    let all = follow(&bench, request, DEADLINE).await;
+    assert!(matches!(all[..], [TransferEvent::Done(_)]), "{all:?}");
+    assert_eq!(heard(&target)[1..], ["import t-1 from two (last resort)"]);
 }
 
 #[tokio::test]

@@ -116,7 +116,11 @@ impl Agent for Played {
         request: Request<v1::ImportRequest>,
     ) -> Result<Response<Self::ImportStream>, Status> {
         let request = request.into_inner();
-        let sources = request.sources.iter().map(|source| format!(" {}", source.node_name));
+        let sources = request.sources.iter().map(|source| {
+            let last = if source.last_resort { " (last resort)" } else { "" };
+            let relay = if source.relay { " (relay)" } else { "" };
+            format!(" {}{relay}{last}", source.node_name)
+        });
         let from = if request.sources.is_empty() { "" } else { " from" };
         self.heard(format!("import {}{from}{}", request.transfer_id, sources.collect::<String>()));
         if self.hang {
@@ -161,7 +165,8 @@ impl Agent for Played {
 
     async fn grant(&self, request: Request<v1::GrantRequest>) -> Result<Response<v1::GrantResponse>, Status> {
         let request = request.into_inner();
-        self.heard(format!("grant {} to {}", request.transfer_id, request.node_name));
+        let expected = if request.expected { ", expected" } else { "" };
+        self.heard(format!("grant {} to {}{expected}", request.transfer_id, request.node_name));
         match self.grant {
             Ok(()) => Ok(Response::new(v1::GrantResponse { blobs: 1 })),
             Err(code) => Err(Status::new(code, "as told")),

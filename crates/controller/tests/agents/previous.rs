@@ -94,7 +94,7 @@ async fn an_agent_of_the_version_before_is_understood_and_used() {
     }
     let (events, mut heard) = mpsc::channel(64);
     let source =
-        v1::Source { node_name: "source".into(), address: source_at.to_string(), last_resort: false };
+        v1::Source { node_name: "source".into(), address: source_at.to_string(), ..v1::Source::default() };
     let request = v1::ImportRequest {
         transfer_id: "t-1".into(),
         sources: vec![source],

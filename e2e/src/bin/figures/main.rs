@@ -45,6 +45,9 @@ struct Arguments {
     /// Only some of the figures; all, unless said.
     #[arg(long, value_enum)]
     only: Vec<Part>,
+    /// Of the figures of images from node to node only these; all, unless said.
+    #[arg(long, value_enum)]
+    transfer: Vec<transfer::Group>,
     /// Be the agent of this node.
     #[arg(long, hide = true, requires = "authority", requires = "socket")]
     agent: Option<String>,
@@ -122,7 +125,7 @@ async fn measure(arguments: Arguments) -> Result<()> {
         sessions::memory(arguments.sessions).await?;
     }
     if is_wanted(Part::Transfer) {
-        Box::pin(transfer::measure()).await?;
+        Box::pin(transfer::measure(&arguments.transfer)).await?;
     }
     Ok(())
 }

@@ -75,6 +75,7 @@ async fn measure(daemon: &Daemon, image: &str, layer: &str, size: u64) -> Result
         node_name: READER.to_owned(),
         digest: image.to_owned(),
         seconds: 3600,
+        expected: false,
     };
     connection.into_client()?.grant(grant).await?;
 

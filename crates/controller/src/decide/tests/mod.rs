@@ -9,6 +9,7 @@ mod nodes;
 mod notes;
 mod owners;
 mod pods;
+mod relays;
 mod upstream;
 
 use serde_json::json;

@@ -2,6 +2,7 @@
 //! each figure. Real containerds, real agents in processes of their own, mutual TLS.
 
 mod ceiling;
+mod fanout;
 pub mod node;
 mod table;
 mod upstream;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
 use tokio::task::block_in_place;
 use tote_e2e::cri;
 use tote_e2e::images::{Build, Compression, Entry, Image, Layer, Layout, preset};
@@ -42,8 +44,25 @@ struct Bench {
     ids: AtomicU32,
 }
 
-/// All figures; prints each as it is known.
-pub async fn measure() -> Result<()> {
+/// Figures that are measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Group {
+    /// 510 MiB in three layers.
+    Large,
+    /// A Debian with nginx.
+    Real,
+    /// 5 MB.
+    Small,
+    /// What is moved of what is missing.
+    Bytes,
+    /// Two sources of one target.
+    Sources,
+    /// Five targets of one source.
+    FanOut,
+}
+
+/// These figures, or all if none are named; prints each as it is known.
+pub async fn measure(wanted: &[Group]) -> Result<()> {
     println!("\ntransfers between two nodes of this machine, containerd 2, overlayfs, mutual TLS");
     let bench = Bench::new()?;
     let mut figures = Vec::new();
@@ -51,11 +70,19 @@ pub async fn measure() -> Result<()> {
         more.iter().for_each(table::print);
         figures.extend(more);
     };
-    told(bench.large().await?);
-    told(bench.real().await?);
-    told(bench.small().await?);
-    told(Box::pin(bench.bytes()).await?);
-    told(bench.two_sources().await?);
+    for group in Group::value_variants() {
+        if !wanted.is_empty() && !wanted.contains(group) {
+            continue;
+        }
+        told(match group {
+            Group::Large => bench.large().await?,
+            Group::Real => bench.real().await?,
+            Group::Small => bench.small().await?,
+            Group::Bytes => Box::pin(bench.bytes()).await?,
+            Group::Sources => bench.two_sources().await?,
+            Group::FanOut => Box::pin(bench.fan_out()).await?,
+        });
+    }
     table::write(&figures)
 }
 

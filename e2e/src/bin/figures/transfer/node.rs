@@ -49,6 +49,13 @@ impl Drop for Agent {
     }
 }
 
+/// A source, as the controller would name it.
+pub struct From<'a> {
+    pub node: &'a Node,
+    pub last_resort: bool,
+    pub relay: bool,
+}
+
 /// What an import came to.
 pub struct Imported {
     /// From the call to its end.
@@ -100,6 +107,11 @@ impl Node {
         self.agent = None;
     }
 
+    /// Where its agent serves.
+    pub fn address(&self) -> Result<SocketAddr> {
+        Ok(self.agent()?.address)
+    }
+
     fn agent(&self) -> Result<&Agent> {
         self.agent.as_ref().context("the agent was killed")
     }
@@ -131,6 +143,18 @@ impl Node {
         reference: &str,
         digest: &str,
     ) -> Result<Streaming<v1::ImportEvent>> {
+        let from = sources.iter().map(|&node| From { node, last_resort: false, relay: false });
+        self.begin_from(id, &from.collect::<Vec<_>>(), reference, digest).await
+    }
+
+    /// The same, with what is said of each.
+    pub async fn begin_from(
+        &self,
+        id: &str,
+        sources: &[From<'_>],
+        reference: &str,
+        digest: &str,
+    ) -> Result<Streaming<v1::ImportEvent>> {
         for source in sources {
             let grant = v1::GrantRequest {
                 term: Some(term()),
@@ -138,12 +162,14 @@ impl Node {
                 node_name: self.name.clone(),
                 digest: digest.to_owned(),
                 seconds: 3600,
+                expected: source.relay,
             };
-            source.client().await?.grant(grant).await?;
+            source.node.client().await?.grant(grant).await?;
         }
-        let of = |source: &&Self| {
-            let address = source.agent()?.address.to_string();
-            anyhow::Ok(v1::Source { node_name: source.name.clone(), address, last_resort: false })
+        let of = |source: &From<'_>| {
+            let (node_name, address) = (source.node.name.clone(), source.node.address()?.to_string());
+            let (last_resort, relay) = (source.last_resort, source.relay);
+            anyhow::Ok(v1::Source { node_name, address, last_resort, relay })
         };
         let request = v1::ImportRequest {
             term: Some(term()),
