@@ -58,6 +58,9 @@ impl Run<'_> {
         let context = self.context.clone();
         let asked = Asked::new(context, self.wanted.reference.clone(), blob.clone(), self.sources.clone());
         let outcome = self.obtain_from(&asked, blob, labels, partial).await;
+        if outcome.is_ok() {
+            asked.tried().settle();
+        }
         self.note_liars(&asked.tried());
         outcome
     }
