@@ -12,6 +12,7 @@ mod progress;
 mod publish;
 mod request;
 mod resolve;
+mod room;
 mod run;
 mod traffic;
 mod transfer;

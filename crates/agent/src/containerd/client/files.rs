@@ -19,7 +19,7 @@ use tote_image::Digest;
 
 use super::Client;
 use super::call::{request, unary};
-use crate::containerd::{ByteStream, Error};
+use crate::containerd::{ByteStream, Error, Space};
 
 /// The type of the content store's plugin.
 const CONTENT: &str = "io.containerd.content.v1";
@@ -56,12 +56,15 @@ impl Files {
         Ok(Some(pieces.map(told).boxed()))
     }
 
-    /// Bytes that are free in the file system of the blobs; nothing if that is not to be seen.
-    pub(super) async fn free_space(&self, client: &Client) -> Result<Option<u64>, Error> {
+    /// The file system of the blobs; nothing if that is not to be seen.
+    pub(super) async fn space(&self, client: &Client) -> Result<Option<Space>, Error> {
         let Some(blobs) = self.0.get_or_try_init(|| find(client)).await? else { return Ok(None) };
         // The root: what is below is made with the first blob.
         let root = blobs.parent().unwrap_or(blobs);
-        Ok(rustix::fs::statvfs(root).ok().map(|stat| stat.f_bfree.saturating_mul(stat.f_frsize)))
+        Ok(rustix::fs::statvfs(root).ok().map(|stat| Space {
+            size: stat.f_blocks.saturating_mul(stat.f_frsize),
+            free: stat.f_bfree.saturating_mul(stat.f_frsize),
+        }))
     }
 }
 
