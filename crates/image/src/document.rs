@@ -6,11 +6,12 @@
 use oci_spec::image as spec;
 use thiserror::Error;
 
+use crate::shape::{Few, Shape};
 use crate::{Digest, DigestError, Platform};
 
-/// The largest index, manifest or config that is read, in bytes: 8 MiB, containerd's own limit for a
-/// manifest (`core/remotes/docker`, `MaxManifestSize`).
-pub const MAX_DOCUMENT_BYTES: u64 = 8 << 20;
+/// The largest index, manifest or config that is read, in bytes: 4 MiB, which is what registries take of a manifest (OCI
+/// distribution specification, "Pushing Manifests").
+pub const MAX_DOCUMENT_BYTES: u64 = 4 << 20;
 
 /// The most manifests of an index, or layers of a manifest, that are taken: overlayfs itself stops at some 500.
 pub const MAX_CHILDREN: usize = 1024;
@@ -95,31 +96,30 @@ impl Document {
     /// Parses an index or manifest by its shape. The media type of the descriptor that led here is the
     /// caller's to keep: a record needs it exactly.
     pub fn parse(bytes: &[u8]) -> Result<Self, DocumentError> {
-        let malformed =
-            |what| move |error: serde_json::Error| DocumentError::Malformed(what, error.to_string());
-        let json: serde_json::Value = serde_json::from_slice(bytes).map_err(malformed("the document"))?;
-        match json.get("schemaVersion").and_then(serde_json::Value::as_u64) {
+        let shape = shape(bytes)?;
+        match shape.schema_version {
             Some(2) => {}
             Some(other) => return Err(DocumentError::SchemaVersion(other)),
             None => {
                 return Err(DocumentError::Malformed("the document", "it has no schemaVersion".to_owned()));
             }
         }
-        match (json.get("manifests").is_some(), json.get("layers").is_some() || json.get("config").is_some())
-        {
+        let (manifests, layers) = (shape.manifests, shape.layers);
+        match (manifests.is_some(), layers.is_some() || shape.config.is_some()) {
             (true, true) => Err(DocumentError::Ambiguous("both")),
             (false, false) => Err(DocumentError::Ambiguous("neither")),
             (true, false) => {
-                let index: spec::ImageIndex = serde_json::from_value(json).map_err(malformed("the index"))?;
-                bounded(index.manifests().len())?;
+                bounded(manifests.map_or(0, |manifests| manifests.0))?;
+                let index: spec::ImageIndex =
+                    serde_json::from_slice(bytes).map_err(malformed("the index"))?;
                 let manifests =
                     index.manifests().iter().map(IndexEntry::from_spec).collect::<Result<_, _>>()?;
                 Ok(Self::Index(Index { manifests }))
             }
             (false, true) => {
+                bounded(layers.map_or(0, |layers| layers.0))?;
                 let manifest: spec::ImageManifest =
-                    serde_json::from_value(json).map_err(malformed("the manifest"))?;
-                bounded(manifest.layers().len())?;
+                    serde_json::from_slice(bytes).map_err(malformed("the manifest"))?;
                 let config = Descriptor::from_spec(manifest.config())?;
                 let layers = manifest.layers().iter().map(Descriptor::from_spec).collect::<Result<_, _>>()?;
                 Ok(Self::Manifest(Manifest { config, layers }))
@@ -128,12 +128,24 @@ impl Document {
     }
 }
 
+fn malformed(what: &'static str) -> impl Fn(serde_json::Error) -> DocumentError {
+    move |error| DocumentError::Malformed(what, error.to_string())
+}
+
+/// What a document is, before memory is taken for what it says.
+fn shape(bytes: &[u8]) -> Result<Shape<'_>, DocumentError> {
+    // An array would do for the members in their order.
+    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|first| *first != b'{') {
+        return Err(DocumentError::Malformed("the document", "it is no object".to_owned()));
+    }
+    serde_json::from_slice(bytes).map_err(malformed("the document"))
+}
+
 impl Document {
     /// The media type a descriptor of this document has: its own `mediaType`, or, where the document leaves it
     /// out, the OCI type of its shape. Refused if it contradicts the shape.
     pub fn media_type(&self, bytes: &[u8]) -> Result<String, DocumentError> {
-        let json: serde_json::Value = serde_json::from_slice(bytes)
-            .map_err(|error| DocumentError::Malformed("the document", error.to_string()))?;
+        let stated = shape(bytes)?.media_type;
         let of_shape: [&str; 2] = match self {
             Self::Index(_) => [
                 "application/vnd.oci.image.index.v1+json",
@@ -144,7 +156,7 @@ impl Document {
                 "application/vnd.docker.distribution.manifest.v2+json",
             ],
         };
-        match json.get("mediaType").and_then(serde_json::Value::as_str) {
+        match stated.as_deref() {
             None | Some("") => Ok(of_shape[0].to_owned()),
             Some(stated) if of_shape.contains(&stated) => Ok(stated.to_owned()),
             Some(other) => Err(DocumentError::MediaType(other.chars().take(200).collect())),
@@ -214,26 +226,40 @@ impl Manifest {
     }
 }
 
+/// What is wanted of a config, and nothing else of it.
+#[derive(serde::Deserialize)]
+struct Config {
+    architecture: String,
+    os: String,
+    #[serde(default)]
+    variant: Option<String>,
+    rootfs: RootFs,
+}
+
+#[derive(serde::Deserialize)]
+struct RootFs {
+    diff_ids: Few<String>,
+}
+
+#[derive(serde::Deserialize)]
+struct Made {
+    #[serde(default)]
+    created: Option<String>,
+}
+
 /// The platform and the diff IDs (`rootfs.diff_ids`, digests of the uncompressed layers) of a config.
 pub fn diff_ids(config: &[u8]) -> Result<(Platform, Vec<Digest>), DocumentError> {
-    let config: spec::ImageConfiguration = serde_json::from_slice(config)
-        .map_err(|error| DocumentError::Malformed("the config", error.to_string()))?;
-    let ids = config.rootfs().diff_ids();
-    bounded(ids.len())?;
-    let ids = ids.iter().map(|id| id.parse()).collect::<Result<_, _>>()?;
-    let platform = Platform::new(
-        &config.os().to_string(),
-        &config.architecture().to_string(),
-        config.variant().as_deref().unwrap_or(""),
-    );
+    let config: Config = serde_json::from_slice(config).map_err(malformed("the config"))?;
+    let ids = config.rootfs.diff_ids.0.iter().map(|id| id.parse()).collect::<Result<_, _>>()?;
+    let platform = Platform::new(&config.os, &config.architecture, config.variant.as_deref().unwrap_or(""));
     Ok((platform, ids))
 }
 
 /// When the config says that the image was made, in seconds since 1970; 0 if it does not say, or says a time before:
 /// builds that are to be the same every time write that.
 pub fn created(config: &[u8]) -> i64 {
-    let config: Result<spec::ImageConfiguration, _> = serde_json::from_slice(config);
-    let created = config.ok().and_then(|config| config.created().as_ref()?.parse::<jiff::Timestamp>().ok());
+    let made: Result<Made, _> = serde_json::from_slice(config);
+    let created = made.ok().and_then(|made| made.created?.parse::<jiff::Timestamp>().ok());
     created.map_or(0, |at| at.as_second().max(0))
 }
 
@@ -341,17 +367,37 @@ mod tests {
         assert!(of(r#""mediaType":"application/vnd.oci.image.manifest.v1+json","#).is_err());
     }
 
+    /// As many members as fit take no memory to speak of, if nobody asks for them.
+    #[test]
+    fn keeps_nothing_of_a_config_but_what_is_wanted() {
+        let of = |history: usize, ids: usize| {
+            let (history, ids) =
+                (vec!["{}"; history].join(","), vec![format!("{:?}", hex(1)); ids].join(","));
+            format!(
+                r#"{{"os":"linux","architecture":"amd64","history":[{history}],"rootfs":{{"type":"layers","diff_ids":[{ids}]}}}}"#
+            )
+        };
+        let (platform, ids) = diff_ids(of(1_000_000, MAX_CHILDREN).as_bytes()).unwrap();
+        assert_eq!((platform.to_string().as_str(), ids.len()), ("linux/amd64", MAX_CHILDREN));
+        let error = diff_ids(of(0, MAX_CHILDREN + 1).as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("more than 1024 members"), "{error}");
+    }
+
     #[test]
     fn refuses_what_it_cannot_trust() {
         let long = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, vec!["0"; 2000].join(","));
         for (text, says) in [
             ("", "not valid"),
-            ("[]", "no schemaVersion"),
+            ("[]", "it is no object"),
+            (r#"{"mediaType":"","manifests":[]}"#, "no schemaVersion"),
+            (r#"{"schemaVersion":2,"manifests":[],"layers":null}"#, "both"),
+            (r#"{"schemaVersion":2,"manifests":[],"manifests":[]}"#, "duplicate"),
+            (r#"{"schemaVersion":2,"manifests":{}}"#, "an array"),
             (r#"{"schemaVersion":1,"fsLayers":[]}"#, "schema version 1"),
             (r#"{"schemaVersion":2}"#, "neither"),
             (r#"{"schemaVersion":2,"manifests":[],"layers":[]}"#, "both"),
             (r#"{"schemaVersion":2,"manifests":[{"mediaType":"x","size":1,"digest":"sha256:../x"}]}"#, ""),
-            (long.as_str(), "not valid"),
+            (long.as_str(), "2000 children"),
         ] {
             let error = Document::parse(text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(says), "{text}: {error}");

@@ -8,6 +8,7 @@ mod document;
 mod platform;
 pub mod quantity;
 mod reference;
+mod shape;
 
 pub use digest::{Digest, DigestError, Verifier};
 pub use document::{

@@ -1,12 +1,14 @@
 //! A node for these tests: a private containerd and an agent on it, which can be killed.
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
+use rustix::mount::{MountFlags, mount, mount_remount};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -26,6 +28,10 @@ use tote_rpc::testing::Pki;
 use tote_rpc::v1;
 
 use crate::stream::{Session, ended};
+
+fn sized(mebibytes: u64) -> CString {
+    CString::new(format!("size={mebibytes}m")).unwrap()
+}
 
 /// Signs for all of these tests.
 pub static PKI: LazyLock<Pki> = LazyLock::new(Pki::new);
@@ -115,11 +121,32 @@ impl Node {
         };
         let socket = self.daemon.socket();
         runtime.spawn(async move {
-            let containerd = Arc::new(Client::new(&socket));
+            let containerd = Arc::new(Client::new(&socket).with_files());
             let listener = TcpListener::from_std(listener).unwrap();
             run(containerd, settings, listener, None, CancellationToken::new()).await.unwrap();
         });
         self.agent = Some((runtime, address));
+    }
+
+    /// Starts containerd and the agent again, on an empty file system of so many MiB.
+    pub fn shrink(&mut self, mebibytes: u64) {
+        self.kill_agent();
+        self.daemon.stop().unwrap();
+        mount("tmpfs", self.daemon.root(), "tmpfs", MountFlags::empty(), sized(mebibytes).as_c_str())
+            .unwrap();
+        self.daemon.restart().unwrap();
+        self.start_agent();
+    }
+
+    /// Gives the file system another size.
+    pub fn resize(&self, mebibytes: u64) {
+        mount_remount(self.daemon.root(), MountFlags::empty(), sized(mebibytes).as_c_str()).unwrap();
+    }
+
+    /// Bytes that are free in containerd's file system.
+    pub fn free(&self) -> u64 {
+        let stat = rustix::fs::statvfs(self.daemon.root()).unwrap();
+        stat.f_bfree * stat.f_frsize
     }
 
     /// As SIGKILL would: no task runs on, nothing is cleaned up.

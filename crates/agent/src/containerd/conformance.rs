@@ -201,19 +201,19 @@ async fn unpacking(containerd: &dyn Containerd, snapshotter: &str) {
     }
     let first = Layer { blob: &blobs[0], diff_id: &base, parent: None, chain: &chain[0] };
     let wrong = Layer { diff_id: &chain[1], ..first };
-    let outcome = containerd.unpack(&held.id, snapshotter, wrong).await;
+    let outcome = containerd.unpack(&held.id, snapshotter, wrong, 0).await;
     assert!(matches!(outcome, Err(Error::Mismatch(_))), "a diff ID that differs: {outcome:?}");
     assert!(!containerd.has_snapshot(snapshotter, &chain[0]).await.expect("stat"));
     for _ in 0..2 {
-        containerd.unpack(&held.id, snapshotter, first).await.expect("the first layer");
+        containerd.unpack(&held.id, snapshotter, first, 0).await.expect("the first layer");
         assert!(containerd.has_snapshot(snapshotter, &chain[0]).await.expect("stat"));
     }
     let diff = Digest::sha256(&tars[1]);
     let second = Layer { blob: &blobs[1], diff_id: &diff, parent: Some(&chain[0]), chain: &chain[1] };
-    containerd.unpack(&held.id, snapshotter, second).await.expect("the second layer");
+    containerd.unpack(&held.id, snapshotter, second, 0).await.expect("the second layer");
     // Another lease that finds it done holds it too.
     let other = lease(containerd, "conformance-unpacked").await;
-    containerd.unpack(&other.id, snapshotter, second).await.expect("a layer that stands");
+    containerd.unpack(&other.id, snapshotter, second, 0).await.expect("a layer that stands");
     containerd.delete_lease(&held.id).await.expect("deleted");
     for chain in &chain {
         assert!(
@@ -235,7 +235,7 @@ async fn images(containerd: &dyn Containerd, snapshotter: &str) {
         put(containerd, &held.id, &bytes, labels).await;
     }
     let unpacked = image.layer(0);
-    containerd.unpack(&held.id, snapshotter, unpacked).await.expect("unpacked");
+    containerd.unpack(&held.id, snapshotter, unpacked, 0).await.expect("unpacked");
     let label = (format!("{SNAPSHOT_LABEL}{snapshotter}"), unpacked.chain.to_string());
     containerd.label(&image.config.digest, &[label].into()).await.expect("a label");
 

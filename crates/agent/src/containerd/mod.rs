@@ -87,6 +87,15 @@ pub struct Blob {
     pub labels: Labels,
 }
 
+/// A file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Bytes that are free, for root.
+    pub free: u64,
+}
+
 /// An image record: a name and what it stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageRecord {
@@ -194,8 +203,8 @@ pub trait Containerd: Send + Sync + 'static {
     /// Adds labels to a committed blob, or replaces their values.
     async fn label(&self, digest: &Digest, labels: &Labels) -> Result<(), Error>;
 
-    /// Bytes that are free where blobs are kept, for root; `None` if that is not to be seen from here.
-    async fn free_space(&self) -> Result<Option<u64>, Error>;
+    /// The file system that blobs are kept in; `None` if that is not to be seen from here.
+    async fn space(&self) -> Result<Option<Space>, Error>;
 
     /// Makes a lease, which ends by itself at `expires`.
     async fn create_lease(&self, lease: &Lease, expires: SystemTime) -> Result<(), Error>;
@@ -230,8 +239,9 @@ pub trait Containerd: Send + Sync + 'static {
 
     /// Unpacks a layer whose blob is there onto the snapshot of its parent, compares the diff ID and commits,
     /// all held by the lease. [`Error::Mismatch`] if the diff ID differs, and nothing is left. A snapshot
-    /// that stands already, or that another made meanwhile, is success.
-    async fn unpack(&self, lease: &str, snapshotter: &str, layer: Layer<'_>) -> Result<(), Error>;
+    /// that stands already, or that another made meanwhile, is success. [`Error::Full`], and nothing is left, as soon as it
+    /// is seen that less than `keep` bytes of [`Containerd::space`] are free.
+    async fn unpack(&self, lease: &str, snapshotter: &str, layer: Layer<'_>, keep: u64) -> Result<(), Error>;
 
     /// What CRI's `ImageStatus` gives as the ID of the image of this name: its config's digest.
     async fn image_status(&self, name: &str) -> Result<Option<String>, Error>;

@@ -58,6 +58,9 @@ impl Run<'_> {
         let context = self.context.clone();
         let asked = Asked::new(context, self.wanted.reference.clone(), blob.clone(), self.sources.clone());
         let outcome = self.obtain_from(&asked, blob, labels, partial).await;
+        if outcome.is_ok() {
+            asked.tried().settle();
+        }
         self.note_liars(&asked.tried());
         outcome
     }
@@ -138,6 +141,7 @@ impl Run<'_> {
             let Some(chunk) = flying.front_mut() else { return Ok(true) };
             while let Some(Piece { bytes, source }) = chunk.next().await {
                 let length = bytes.len() as u64;
+                self.check_room(length, blob.digest.as_str()).await?;
                 partial.writer.write(bytes).await?;
                 self.tracker.moved(&blob.digest, length, &source.node);
                 if let Some(givers) = partial.givers.as_mut().filter(|givers| !givers.contains(&source)) {

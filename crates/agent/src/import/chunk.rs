@@ -29,6 +29,8 @@ const MAX_PAUSE: Duration = Duration::from_secs(5);
 pub(super) struct Tried {
     heard: BTreeMap<String, FetchError>,
     banned: Vec<Source>,
+    /// Those that say that it has another length.
+    disputing: Vec<Source>,
     /// Those that have failed in this round.
     out: Vec<Source>,
     round: u32,
@@ -41,6 +43,9 @@ impl Tried {
         if matches!(error, FetchError::Wrong(_)) && !self.is_banned(source) {
             self.banned.push(source.clone());
             self.mismatched = true;
+        }
+        if matches!(error, FetchError::Disputed { .. }) && !self.is_banned(source) {
+            self.disputing.push(source.clone());
         }
         self.out.push(source.clone());
         self.heard.insert(format!("{} ({})", source.node, source.address), error);
@@ -79,13 +84,18 @@ impl Tried {
                 && self.heard.values().all(|error| matches!(error, FetchError::Missing)))
     }
 
+    /// The blob was had, as the image says that it is: who said otherwise lied.
+    pub(super) fn settle(&mut self) {
+        self.banned.append(&mut self.disputing);
+    }
+
     /// Nodes that gave what the blob is not.
     pub(super) fn liars(&self) -> impl Iterator<Item = &str> {
         self.banned.iter().map(|source| source.node.as_str())
     }
 
     fn is_banned(&self, source: &Source) -> bool {
-        self.banned.contains(source)
+        self.banned.contains(source) || self.disputing.contains(source)
     }
 
     pub(super) fn failure(&self, digest: &Digest) -> super::Failure {

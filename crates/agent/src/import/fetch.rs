@@ -62,6 +62,14 @@ pub enum FetchError {
     /// What it gave cannot be the blob.
     #[error("{0}")]
     Wrong(String),
+    /// It says that the blob has another length. Whether it lies or the image does shows once the blob is had.
+    #[error("says that it has {has} bytes, and {due} are due")]
+    Disputed {
+        /// What it says.
+        has: u64,
+        /// What the image says, or the most that is taken.
+        due: u64,
+    },
 }
 
 /// Which of the API's two paths a blob is asked for by.
@@ -100,13 +108,15 @@ pub enum Span {
         from: u64,
         /// How many.
         length: u64,
+        /// Of so many in all.
+        of: u64,
     },
 }
 
 impl Span {
     /// `length` bytes from `from` on, of a blob of `size` bytes.
     pub fn of(size: u64, from: u64, length: u64) -> Self {
-        if from == 0 && length == size { Self::Whole(size) } else { Self::Part { from, length } }
+        if from == 0 && length == size { Self::Whole(size) } else { Self::Part { from, length, of: size } }
     }
 
     /// The bytes that are due, or at most are.
@@ -131,26 +141,34 @@ pub async fn open(
     patience: Patience,
 ) -> Result<Body, FetchError> {
     let part = match span {
-        Span::Part { from, length } => Some((from, length)),
+        Span::Part { from, length, .. } => Some((from, length)),
         Span::Whole(_) | Span::Unknown(_) => None,
     };
     let response = ask(peers, source, reference, (Method::GET, wanted, part), patience).await?;
+    let length = header_of(&response, &header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
+    let range = header_of(&response, &header::CONTENT_RANGE);
+    let all = range.and_then(|range| range.rsplit_once('/')?.1.parse::<u64>().ok());
     match (response.status(), span) {
         (StatusCode::OK, Span::Whole(_) | Span::Unknown(_)) => {}
-        (StatusCode::PARTIAL_CONTENT, Span::Part { from, length }) => {
+        (StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE, Span::Part { of, .. })
+            if all.is_some_and(|all| all != of) =>
+        {
+            return Err(FetchError::Disputed { has: all.unwrap_or_default(), due: of });
+        }
+        (StatusCode::PARTIAL_CONTENT, Span::Part { from, length, .. }) => {
             let due = format!("bytes {from}-{}/", from + length - 1);
-            if !header_of(&response, &header::CONTENT_RANGE).is_some_and(|range| range.starts_with(&due)) {
+            if !range.is_some_and(|range| range.starts_with(&due)) {
                 return Err(FetchError::Wrong("answered another range than was asked for".to_owned()));
             }
         }
         (status, _) => return Err(FetchError::Broken(format!("answered {status}"))),
     }
-    let length = header_of(&response, &header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
     let left = span.most();
-    if let Some(length) = length
-        && (length > left || (span.is_exact() && length != left))
-    {
-        return Err(FetchError::Wrong(format!("announced {length} bytes where {left} are due")));
+    if let Some(length) = length.filter(|length| *length > left || (span.is_exact() && *length != left)) {
+        return Err(match span {
+            Span::Part { .. } => FetchError::Wrong(format!("announced {length} bytes where {left} are due")),
+            Span::Whole(due) | Span::Unknown(due) => FetchError::Disputed { has: length, due },
+        });
     }
     let incoming = response.into_body();
     let gathered = BytesMut::new();
@@ -247,7 +265,8 @@ impl Body {
                 return Err(error);
             }
             return if self.exact && self.left > 0 {
-                Err(FetchError::Broken(format!("stopped {} bytes early", self.left)))
+                // A connection that breaks says so.
+                Err(FetchError::Wrong(format!("ended {} bytes early, as if that were all", self.left)))
             } else {
                 Ok(None)
             };

@@ -13,6 +13,7 @@ mod publish;
 mod relay;
 mod request;
 mod resolve;
+mod room;
 mod run;
 mod traffic;
 mod transfer;

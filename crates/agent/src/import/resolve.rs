@@ -18,6 +18,23 @@ use crate::containerd::{Error, Ingest, Labels, Layer, gc_labels};
 /// How long a source that is getting the image itself may take to answer for a document.
 const RELAY_HEAD: Duration = Duration::from_secs(2);
 
+/// Types of a container image's config.
+const CONFIGS: [&str; 2] =
+    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+
+/// Types of layers that containerd unpacks by itself (`core/images/mediatypes.go`).
+const LAYERS: [&str; 6] = [
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.v1.tar+gzip",
+    "application/vnd.oci.image.layer.v1.tar+zstd",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.diff.tar.gzip",
+    "application/vnd.docker.image.rootfs.diff.tar.zstd",
+];
+
+/// How many manifests of an index are asked for, until one can be had: variants of one architecture are fewer.
+const CANDIDATES: usize = 16;
+
 /// An image of which the documents are on the node.
 #[derive(Debug)]
 pub(super) struct Image {
@@ -80,8 +97,8 @@ impl Run<'_> {
             return Err(Failure::Platform(format!("the image is for {platform}, this node runs {node}")));
         }
         if diff_ids.len() != manifest.layers.len() {
-            let (layers, ids) = (manifest.layers.len(), diff_ids.len());
-            let message = format!("the manifest has {layers} layers, its config {ids} diff IDs");
+            let (layers, ids, config) = (manifest.layers.len(), diff_ids.len(), &config.digest);
+            let message = format!("the manifest has {layers} layers, its config {config} {ids} diff IDs");
             return Err(Failure::Unsupported(message));
         }
         let chain = chain_ids(&diff_ids);
@@ -95,7 +112,7 @@ impl Run<'_> {
         node: &Platform,
     ) -> Result<(Manifest, u64, bool), Failure> {
         let mut missing = String::new();
-        for entry in index.candidates(node)? {
+        for entry in index.candidates(node)?.into_iter().take(CANDIDATES) {
             let (digest, size) = (&entry.descriptor.digest, entry.descriptor.size);
             match self.stored(Kind::Manifest, digest, Some(size), parse_document).await {
                 Ok(stored) => match stored.parsed {
@@ -108,7 +125,7 @@ impl Run<'_> {
                         return Err(Failure::Unsupported(message));
                     }
                 },
-                Err(Failure::NoSource { tried, .. }) => missing = tried,
+                Err(Failure::NoSource { tried, .. }) => missing = format!("of {digest}: {tried}"),
                 Err(failure) => return Err(failure),
             }
         }
@@ -122,7 +139,7 @@ impl Run<'_> {
         kind: Kind,
         digest: &Digest,
         size: Option<u64>,
-        parse: impl Fn(&[u8]) -> Result<(T, Labels, String), Failure>,
+        parse: impl Fn(&[u8]) -> Result<(T, Labels, String), DocumentError>,
     ) -> Result<Stored<T>, Failure> {
         if let Some(size) = size.filter(|size| *size > MAX_DOCUMENT_BYTES) {
             return Err(too_large(digest, size));
@@ -130,10 +147,18 @@ impl Run<'_> {
         let _turn = self.context.flights.turn(digest).await;
         let bytes = match self.containerd().blob(digest).await? {
             Some(found) => self.local(digest, found.size).await?,
-            None => self.fetched(kind, digest, size).await?,
+            None => self.fetched(kind, digest).await?,
         };
-        let (parsed, labels, media_type) = parse(&bytes)?;
-        let size = bytes.len() as u64;
+        let has = bytes.len() as u64;
+        if let Some(says) = size.filter(|size| *size != has) {
+            return Err(Failure::Unsupported(format!(
+                "blob {digest} has {has} bytes, the image says {says}"
+            )));
+        }
+        let (parsed, labels, media_type) = parse(&bytes).map_err(|error| {
+            Failure::Unsupported(format!("blob {digest} of the image cannot be handled: {error}"))
+        })?;
+        let size = has;
         let blob = Descriptor { media_type: String::new(), digest: digest.clone(), size };
         if !self.is_present(&blob, &labels).await? {
             self.store(&blob, bytes, labels).await?;
@@ -178,20 +203,17 @@ impl Run<'_> {
         if digest.matches(&bytes) { Ok(bytes) } else { Err(Failure::Damaged(digest.clone())) }
     }
 
-    async fn fetched(&self, kind: Kind, digest: &Digest, size: Option<u64>) -> Result<Bytes, Failure> {
+    async fn fetched(&self, kind: Kind, digest: &Digest) -> Result<Bytes, Failure> {
         let mut tried = Tried::default();
-        let outcome = self.fetched_from(&mut tried, kind, digest, size).await;
+        let outcome = self.fetched_from(&mut tried, kind, digest).await;
+        if outcome.is_ok() {
+            tried.settle();
+        }
         self.note_liars(&tried);
         outcome
     }
 
-    async fn fetched_from(
-        &self,
-        tried: &mut Tried,
-        kind: Kind,
-        digest: &Digest,
-        size: Option<u64>,
-    ) -> Result<Bytes, Failure> {
+    async fn fetched_from(&self, tried: &mut Tried, kind: Kind, digest: &Digest) -> Result<Bytes, Failure> {
         loop {
             let sources = self.sources.borrow().clone();
             let Some(source) = tried.left(&sources).into_iter().next() else {
@@ -201,7 +223,7 @@ impl Run<'_> {
                 tokio::time::sleep(tried.pause(self.context.patience.pause)).await;
                 continue;
             };
-            match self.whole(&source, kind, digest, size).await {
+            match self.whole(&source, kind, digest).await {
                 Ok(bytes) if digest.matches(&bytes) => {
                     self.tracker.moved(digest, bytes.len() as u64, &source.node);
                     self.context.metrics.received(bytes.len() as u64);
@@ -220,10 +242,10 @@ impl Run<'_> {
         source: &super::request::Source,
         kind: Kind,
         digest: &Digest,
-        size: Option<u64>,
     ) -> Result<Bytes, FetchError> {
         let (context, reference) = (self.context, &self.wanted.reference);
-        let span = size.map_or(Span::Unknown(MAX_DOCUMENT_BYTES), Span::Whole);
+        // Whatever length the image gives: the digest tells whether the image lies about it or the source.
+        let span = Span::Unknown(MAX_DOCUMENT_BYTES);
         let mut patience = context.patience;
         if source.relay {
             // The others have it as well, and it is small.
@@ -240,7 +262,7 @@ impl Run<'_> {
     }
 }
 
-fn parse_document(bytes: &[u8]) -> Result<(Document, Labels, String), Failure> {
+fn parse_document(bytes: &[u8]) -> Result<(Document, Labels, String), DocumentError> {
     let document = Document::parse(bytes)?;
     let media_type = document.media_type(bytes)?;
     let labels = gc_labels(&document);
@@ -248,34 +270,26 @@ fn parse_document(bytes: &[u8]) -> Result<(Document, Labels, String), Failure> {
 }
 
 fn too_large(digest: &Digest, size: u64) -> Failure {
-    DocumentError::Malformed(
-        "the document",
-        format!("{digest} has {size} bytes, {MAX_DOCUMENT_BYTES} at most"),
-    )
-    .into()
+    let most = MAX_DOCUMENT_BYTES;
+    Failure::Unsupported(format!("blob {digest} of the image has {size} bytes, {most} at most are handled"))
 }
 
 /// Only what containerd can unpack and run: no artifacts, no encrypted layers.
 fn check_media_types(manifest: &Manifest) -> Result<(), Failure> {
-    let config = manifest.config.media_type.as_str();
-    let is_image = matches!(
-        config,
-        "application/vnd.oci.image.config.v1+json" | "application/vnd.docker.container.image.v1+json"
-    );
-    if !is_image {
-        return Err(Failure::Unsupported(format!("a config of type {config} is no container image's")));
+    let (config, kind) = (&manifest.config.digest, manifest.config.media_type.as_str());
+    if !CONFIGS.contains(&kind) {
+        let message = format!("config {config} is of type {kind}: that is no container image's");
+        return Err(Failure::Unsupported(message));
     }
     for layer in &manifest.layers {
-        let kind = layer.media_type.as_str();
-        let is_layer = (kind.starts_with("application/vnd.oci.image.layer.")
-            || kind.starts_with("application/vnd.docker.image.rootfs."))
-            && !kind.contains("encrypted");
+        let (digest, kind) = (&layer.digest, layer.media_type.as_str());
         if kind.contains("nondistributable") || kind.contains("foreign") {
-            let message = format!("layer {} is of type {kind}: it is not to be given on", layer.digest);
+            let message = format!("layer {digest} is of type {kind}: it is not to be given on");
             return Err(Failure::Unsupported(message));
         }
-        if !is_layer {
-            return Err(Failure::Unsupported(format!("a layer of type {kind} cannot be unpacked")));
+        if !LAYERS.contains(&kind) {
+            let message = format!("layer {digest} is of type {kind}, which cannot be unpacked");
+            return Err(Failure::Unsupported(message));
         }
     }
     Ok(())

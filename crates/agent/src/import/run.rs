@@ -18,6 +18,7 @@ use super::progress::{Imported, Tracker};
 use super::relay::Relays;
 use super::request::{Source, Wanted};
 use super::resolve::Image;
+use super::room;
 use super::traffic::Traffic;
 use super::underway::{Brings, Underway};
 use crate::bandwidth::Bandwidth;
@@ -148,7 +149,6 @@ impl Run<'_> {
     /// That what is missing fits on the disk, before it moves; unpacked it takes more, which nothing tells beforehand. A layer
     /// of which a part is there already does not count: nothing tells how much of it.
     async fn check_space(&self, image: &Image) -> Result<(), Failure> {
-        let Some(free) = self.containerd().free_space().await? else { return Ok(()) };
         let begun = self.containerd().ingests().await?;
         let mut missing = 0_u64;
         let mut seen = HashSet::new();
@@ -157,11 +157,15 @@ impl Run<'_> {
                 missing = missing.saturating_add(layer.size);
             }
         }
-        if missing > free {
-            let says = format!("{missing} bytes are missing of the image, and {free} are free");
-            return Err(Failure::DiskFull(says));
+        if missing == 0 { Ok(()) } else { self.check_room(missing, "what is missing of the image").await }
+    }
+
+    /// That the disk has room for so many bytes more of something.
+    pub(super) async fn check_room(&self, bytes: u64, what: &str) -> Result<(), Failure> {
+        match self.containerd().space().await? {
+            Some(space) => room::check(space, bytes, what),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Writes down for kubelet who alone may have the image.
@@ -229,10 +233,16 @@ impl Run<'_> {
     }
 
     async fn unpack(&self, snapshotter: &str, layer: Layer<'_>) -> Result<(), Failure> {
-        self.containerd().unpack(&self.lease.id, snapshotter, layer).await.map_err(|error| match error {
+        let keep = self.containerd().space().await?.map_or(0, |space| room::reserve(space.size));
+        let unpacked = self.containerd().unpack(&self.lease.id, snapshotter, layer, keep).await;
+        let digest = &layer.blob.digest;
+        unpacked.map_err(|error| match error {
             containerd::Error::Mismatch(message) => Failure::DiffId(message),
-            error @ (containerd::Error::Full(_) | containerd::Error::Unavailable(_)) => error.into(),
-            other => Failure::Unpack { layer: layer.blob.digest.clone(), reason: other.to_string() },
+            containerd::Error::Full(message) => {
+                Failure::DiskFull(format!("unpacking layer {digest}: {message}"))
+            }
+            error @ containerd::Error::Unavailable(_) => error.into(),
+            other => Failure::Unpack { layer: digest.clone(), reason: other.to_string() },
         })?;
         let label = (UNCOMPRESSED_LABEL.to_owned(), layer.diff_id.to_string());
         Ok(self.containerd().label(&layer.blob.digest, &[label].into()).await?)

@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::containerd::{self, ByteStream};
 
-/// How many blobs and manifests are sent at once. Each holds up to 8 MiB, a manifest of the largest size; a blob some 3 MiB.
+/// How many blobs and manifests are sent at once. Each holds up to 4 MiB, a manifest of the largest size; a blob some 3 MiB.
 pub(super) const UPLOADS: usize = 32;
 
 /// How many of them to one node: as many as its transfers move at once, and places are left for others.

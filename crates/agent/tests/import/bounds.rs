@@ -4,7 +4,7 @@ use tote_agent::containerd::Fake;
 use tote_rpc::v1::Cause;
 
 use crate::peers::{Peer, Trick, agent, import, request};
-use crate::{NAME, check_complete, image};
+use crate::{NAME, check_complete, check_nothing, image, large_image};
 
 #[tokio::test]
 async fn an_image_that_is_too_large_is_refused_before_a_layer_moves() {
@@ -49,7 +49,50 @@ async fn a_transfer_goes_on_though_the_disk_has_no_room_for_all_of_it_again() {
     let agent = agent(&target);
     import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap_err();
     peer.behave();
-    target.free_bytes(image.bytes[layer].len() as u64 / 2);
+    target.free_bytes(image.bytes[layer].len() as u64 - 1000);
     import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap();
     check_complete(&target, &image, NAME).await;
+}
+
+/// Somebody else fills the disk meanwhile: the import ends before it takes what the node itself needs.
+#[tokio::test]
+async fn a_disk_that_fills_while_an_image_comes_keeps_its_reserve() {
+    let image = large_image();
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    let layer = &image.layers[0].digest;
+    let mebibytes = |n: u64| n << 20;
+    target.disk_of(mebibytes(100));
+    target.free_bytes(mebibytes(50));
+    peer.trick(layer, Trick::Slow(10 << 20));
+    let agent = agent(&target);
+    let failing = import(&agent, request("t", NAME, &image, &[&peer]));
+    let filling = async {
+        crate::eventually("a part of it", async || target.partial(layer).is_some_and(|had| !had.is_empty()))
+            .await;
+        // A twentieth is kept, and a piece is one more.
+        target.free_bytes(mebibytes(6) - 1);
+    };
+    let (failed, ()) = tokio::join!(failing, filling);
+    let failed = failed.unwrap_err();
+    assert_eq!((failed.cause(), failed.retryable), (Cause::DiskFull, true), "{}", failed.message);
+    for part in [layer.as_str(), "6291455 are free", "5242880 are kept"] {
+        assert!(failed.message.contains(part), "{part} is not in {}", failed.message);
+    }
+    assert!(agent.cancel(&request("t", NAME, &image, &[]).id).await.unwrap());
+    check_nothing(&target).await;
+    target.free_bytes(mebibytes(50));
+    import(&agent, request("t", NAME, &image, &[&peer])).await.unwrap();
+    check_complete(&target, &image, NAME).await;
+}
+
+/// What is all there needs no room.
+#[tokio::test]
+async fn a_second_name_is_given_though_the_disk_is_full() {
+    let image = image();
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    import(&agent(&target), request("t", "registry.test/team/other:1", &image, &[&peer])).await.unwrap();
+    target.disk_of(100 << 20);
+    target.free_bytes(0);
+    let done = import(&agent(&target), request("t", NAME, &image, &[])).await.unwrap();
+    assert_eq!(done.transferred_bytes, 0);
 }

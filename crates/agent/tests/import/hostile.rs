@@ -55,7 +55,7 @@ async fn alone_it_is_named() {
         let agent = agent(&target);
         let failed = import(&agent, request("t", NAME, image, &[&bad])).await.unwrap_err();
         let cause = match trick {
-            Trick::Wrong | Trick::Endless => Cause::DigestMismatch,
+            Trick::Wrong | Trick::Endless | Trick::Short(_) => Cause::DigestMismatch,
             _ => Cause::NoSource,
         };
         assert_eq!((failed.cause(), failed.retryable), (cause, true), "{trick:?}: {}", failed.message);

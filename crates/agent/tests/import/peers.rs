@@ -45,6 +45,10 @@ pub enum Trick {
     Endless,
     /// Fewer bytes than the blob has, as if that were all.
     Short(usize),
+    /// All of it, and says that the blob has so many bytes more, or fewer.
+    Sized(i64),
+    /// These bytes as all of it.
+    Given(Bytes),
     /// Nothing, not even a head.
     Hang,
     /// All of it, so many bytes a second.
@@ -161,6 +165,26 @@ async fn perform(trick: Trick, answer: Response) -> Response {
         Trick::Short(count) => {
             parts.headers.remove("content-length");
             Body::from_stream(stream::iter([first(count)]))
+        }
+        Trick::Sized(more) => {
+            let changed = |bytes: u64| bytes.checked_add_signed(more).unwrap();
+            let length = |bytes: usize| usize::try_from(changed(bytes as u64)).unwrap();
+            if let Some(range) = parts.headers.get("content-range") {
+                let (range, all) = range.to_str().unwrap().rsplit_once('/').unwrap();
+                let range = format!("{range}/{}", changed(all.parse().unwrap()));
+                parts.headers.insert("content-range", range.parse().unwrap());
+                Body::from(bytes)
+            } else {
+                let mut all = bytes.to_vec();
+                all.resize(length(bytes.len()), 0);
+                parts.headers.insert("content-length", all.len().into());
+                Body::from(all)
+            }
+        }
+        Trick::Given(given) => {
+            parts.status = StatusCode::OK;
+            parts.headers.insert("content-length", given.len().into());
+            Body::from(given)
         }
         Trick::Hang => std::future::pending().await,
         Trick::Slow(rate) => {

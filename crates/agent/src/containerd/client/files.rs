@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use containerd_client::services::v1 as api;
 use futures::StreamExt;
-use tokio::fs::File;
+use rustix::fs::OFlags;
+use tokio::fs::{File, OpenOptions};
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio::sync::OnceCell;
 use tokio_util::io::ReaderStream;
@@ -19,7 +20,7 @@ use tote_image::Digest;
 
 use super::Client;
 use super::call::{request, unary};
-use crate::containerd::{ByteStream, Error};
+use crate::containerd::{ByteStream, Error, Space};
 
 /// The type of the content store's plugin.
 const CONTENT: &str = "io.containerd.content.v1";
@@ -43,7 +44,8 @@ impl Files {
         let Some(blobs) = self.0.get_or_try_init(|| find(client)).await? else { return Ok(None) };
         let failed = |error: std::io::Error| Error::Other(format!("reading the file of {digest}: {error}"));
         // Whatever hinders it (containerd has another root by now, or the file is not to be read), containerd itself may give it.
-        let Ok(mut file) = File::open(blobs.join("sha256").join(digest.hex())).await else { return Ok(None) };
+        let path = blobs.join("sha256").join(digest.hex());
+        let Some(mut file) = whole(&path, offset.saturating_add(length)).await else { return Ok(None) };
         file.set_max_buf_size(PIECE);
         if offset > 0 {
             file.seek(SeekFrom::Start(offset)).await.map_err(failed)?;
@@ -56,13 +58,25 @@ impl Files {
         Ok(Some(pieces.map(told).boxed()))
     }
 
-    /// Bytes that are free in the file system of the blobs; nothing if that is not to be seen.
-    pub(super) async fn free_space(&self, client: &Client) -> Result<Option<u64>, Error> {
+    /// The file system of the blobs; nothing if that is not to be seen.
+    pub(super) async fn space(&self, client: &Client) -> Result<Option<Space>, Error> {
         let Some(blobs) = self.0.get_or_try_init(|| find(client)).await? else { return Ok(None) };
         // The root: what is below is made with the first blob.
         let root = blobs.parent().unwrap_or(blobs);
-        Ok(rustix::fs::statvfs(root).ok().map(|stat| stat.f_bfree.saturating_mul(stat.f_frsize)))
+        Ok(rustix::fs::statvfs(root).ok().map(|stat| Space {
+            size: stat.f_blocks.saturating_mul(stat.f_frsize),
+            free: stat.f_bfree.saturating_mul(stat.f_frsize),
+        }))
     }
+}
+
+/// A file that is one, of so many bytes at least: what is a link, or shorter than the blob is to be, is not the blob.
+async fn whole(path: &Path, length: u64) -> Option<File> {
+    // A pipe would be waited for.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).await.ok()?;
+    let found = file.metadata().await.ok()?;
+    (found.is_file() && found.len() >= length).then_some(file)
 }
 
 /// The directory of all blobs, if this process may read it.

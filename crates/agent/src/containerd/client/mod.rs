@@ -35,7 +35,7 @@ use self::call::{request, unary, with_lease};
 use self::files::Files;
 use super::{
     Blob, ByteStream, Change, Containerd, Error, Facts, Held, ImageRecord, Ingest, Labels, Layer, Lease,
-    MANAGED_LABEL, TRANSFER_LABEL,
+    MANAGED_LABEL, Space, TRANSFER_LABEL,
 };
 
 /// The client of CRI's image service.
@@ -187,9 +187,9 @@ impl Containerd for Client {
         content::label(self, digest, labels).await
     }
 
-    async fn free_space(&self) -> Result<Option<u64>, Error> {
+    async fn space(&self) -> Result<Option<Space>, Error> {
         match &self.files {
-            Some(files) => files.free_space(self).await,
+            Some(files) => files.space(self).await,
             None => Ok(None),
         }
     }
@@ -278,8 +278,8 @@ impl Containerd for Client {
         unpack::is_committed(self, snapshotter, chain).await
     }
 
-    async fn unpack(&self, lease: &str, snapshotter: &str, layer: Layer<'_>) -> Result<(), Error> {
-        unpack::unpack(self, lease, snapshotter, layer).await
+    async fn unpack(&self, lease: &str, snapshotter: &str, layer: Layer<'_>, keep: u64) -> Result<(), Error> {
+        unpack::unpack(self, lease, snapshotter, layer, keep).await
     }
 
     async fn image_status(&self, name: &str) -> Result<Option<String>, Error> {

@@ -14,6 +14,9 @@ use crate::containerd::{Error, Held, Layer};
 /// How long one layer may take: 10 GiB of gzip at some 20 MiB/s.
 const APPLY_DEADLINE: Duration = Duration::from_secs(600);
 
+/// How often it is looked how much is free meanwhile.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// The label by which containerd's snapshotters know what an active snapshot will become.
 const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 
@@ -31,6 +34,7 @@ pub(super) async fn unpack(
     lease: &str,
     snapshotter: &str,
     layer: Layer<'_>,
+    keep: u64,
 ) -> Result<(), Error> {
     let hold = || client.hold(lease, Held::Snapshot { snapshotter, chain: layer.chain });
     // Looked for again once it is held: what is seen then cannot be collected any more.
@@ -60,7 +64,12 @@ pub(super) async fn unpack(
         }
         Err(error) => return Err(error),
     };
-    match apply(client, lease, snapshotter, &layer, &key, prepared.mounts).await {
+    let applied = tokio::select! {
+        biased;
+        full = until_below(client, keep) => Err(full),
+        applied = apply(client, lease, snapshotter, &layer, &key, prepared.mounts) => applied,
+    };
+    match applied {
         Ok(()) => Ok(()),
         Err(error) => {
             let message = snap::RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key };
@@ -72,6 +81,18 @@ pub(super) async fn unpack(
             }
             if stays_held().await? { Ok(()) } else { Err(collected()) }
         }
+    }
+}
+
+/// Comes back once less than so many bytes are free, and never where that is not to be seen.
+async fn until_below(client: &Client, keep: u64) -> Error {
+    loop {
+        if let Ok(Some(space)) = client.space().await
+            && space.free < keep
+        {
+            return Error::Full(format!("{} bytes are free, and {keep} are kept so", space.free));
+        }
+        tokio::time::sleep(LOOK).await;
     }
 }
 

@@ -18,7 +18,7 @@ use tote_image::{Descriptor, Digest, Platform, Verifier};
 use self::store::{Resource, Store};
 use super::{
     Blob, BlobWriter, ByteStream, Change, Containerd, Error, Facts, Held, ImageRecord, Ingest, Labels, Layer,
-    Lease,
+    Lease, Space,
 };
 
 /// The snapshotter that CRI of a [`Fake`] uses.
@@ -41,6 +41,11 @@ impl Fake {
     /// From its `calls`-th call on, every call fails as if containerd were gone; `None` revives it.
     pub fn die_after(&self, calls: Option<u32>) {
         self.lock().calls_left = calls;
+    }
+
+    /// Its file system has this size from now on.
+    pub fn disk_of(&self, size: u64) {
+        self.lock().disk = size;
     }
 
     /// So many bytes are free from now on.
@@ -248,8 +253,9 @@ impl Containerd for Fake {
         Ok(())
     }
 
-    async fn free_space(&self) -> Result<Option<u64>, Error> {
-        Ok(self.call()?.free)
+    async fn space(&self) -> Result<Option<Space>, Error> {
+        let store = self.call()?;
+        Ok(store.free.map(|free| Space { size: store.disk, free }))
     }
 
     async fn create_lease(&self, lease: &Lease, _expires: SystemTime) -> Result<(), Error> {
@@ -328,8 +334,13 @@ impl Containerd for Fake {
         Ok(self.call()?.snapshots.contains_key(&(snapshotter.to_owned(), chain.to_string())))
     }
 
-    async fn unpack(&self, lease: &str, snapshotter: &str, layer: Layer<'_>) -> Result<(), Error> {
-        self.call()?.unpack(lease, snapshotter, layer)
+    async fn unpack(&self, lease: &str, snapshotter: &str, layer: Layer<'_>, keep: u64) -> Result<(), Error> {
+        let mut store = self.call()?;
+        let name = (snapshotter.to_owned(), layer.chain.to_string());
+        if store.free.is_some_and(|free| free < keep) && !store.snapshots.contains_key(&name) {
+            return Err(Error::Full("no space left on device".to_owned()));
+        }
+        store.unpack(lease, snapshotter, layer)
     }
 
     async fn image_status(&self, name: &str) -> Result<Option<String>, Error> {

@@ -47,6 +47,7 @@ pub(super) struct Store {
     pub no_snapshotter: Option<String>,
     pub full: bool,
     pub free: Option<u64>,
+    pub disk: u64,
 }
 
 impl Store {
