@@ -89,6 +89,8 @@ pub struct Body {
     left: u64,
     exact: bool,
     gathered: BytesMut,
+    /// Of what came last what the piece had no room for.
+    rest: Bytes,
     ended: bool,
     /// What ended it: told once all that came before has been given out, for that need not be sent again.
     broken: Option<FetchError>,
@@ -171,8 +173,8 @@ pub async fn open(
         });
     }
     let incoming = response.into_body();
-    let gathered = BytesMut::new();
-    Ok(Body { incoming, left, exact: span.is_exact(), gathered, ended: false, broken: None, patience })
+    let (gathered, rest) = (BytesMut::new(), Bytes::new());
+    Ok(Body { incoming, left, exact: span.is_exact(), gathered, rest, ended: false, broken: None, patience })
 }
 
 /// Asks `source` whether it would give a blob.
@@ -241,7 +243,11 @@ impl Body {
     /// The next piece; nothing when all has come.
     pub async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
         let deadline = tokio::time::Instant::now() + self.patience.piece;
-        while self.gathered.len() < PIECE && !self.ended {
+        loop {
+            self.gather();
+            if self.gathered.len() == PIECE || self.ended {
+                break;
+            }
             match tokio::time::timeout_at(deadline, self.incoming.frame()).await {
                 Err(_) => {
                     let within = self.patience.piece.as_secs_f32();
@@ -250,12 +256,12 @@ impl Body {
                 Ok(None) => self.ended = true,
                 Ok(Some(Err(error))) => self.end(FetchError::Broken(told(&error))),
                 Ok(Some(Ok(frame))) => {
-                    if let Some(data) = frame.data_ref() {
+                    if let Ok(data) = frame.into_data() {
                         if data.len() as u64 > self.left {
                             return Err(FetchError::Wrong("sent more bytes than the blob has".to_owned()));
                         }
                         self.left -= data.len() as u64;
-                        self.gathered.extend_from_slice(data);
+                        self.rest = data;
                     }
                 }
             }
@@ -271,7 +277,20 @@ impl Body {
                 Ok(None)
             };
         }
-        Ok(Some(self.gathered.split_to(self.gathered.len().min(PIECE)).freeze()))
+        Ok(Some(std::mem::take(&mut self.gathered).freeze()))
+    }
+
+    /// Moves what came into the piece, as far as that has room. A piece has all its room from the start: it never grows.
+    fn gather(&mut self) {
+        if self.rest.is_empty() {
+            return;
+        }
+        if self.gathered.capacity() == 0 {
+            let due = usize::try_from(self.left).unwrap_or(PIECE).saturating_add(self.rest.len());
+            self.gathered.reserve(due.min(PIECE));
+        }
+        let taken = self.rest.len().min(PIECE - self.gathered.len());
+        self.gathered.extend_from_slice(&self.rest.split_to(taken));
     }
 
     /// Nothing more is read; what has come is given out, and then the reason.

@@ -34,7 +34,7 @@ const CONCURRENT_BLOBS: usize = 3;
 const WAITING_BLOBS: usize = 5;
 
 /// How many chunks of 2 MiB may be here, or on their way, before those that are being written.
-const AHEAD: usize = 8;
+const AHEAD: usize = 4;
 
 /// How long a lease lasts if nobody deletes it: well beyond any transfer's deadline.
 const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);

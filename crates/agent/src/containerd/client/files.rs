@@ -5,17 +5,16 @@
 //! file is its blob for ever, and one that is open is not lost to a collection. The files are those of all namespaces: who
 //! reads has asked the content service what is there.
 
-use std::io::SeekFrom;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use containerd_client::services::v1 as api;
-use futures::StreamExt;
+use futures::{StreamExt, stream};
+use rustix::buffer::spare_capacity;
 use rustix::fs::OFlags;
 use tokio::fs::{File, OpenOptions};
-use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio::sync::OnceCell;
-use tokio_util::io::ReaderStream;
 use tote_image::Digest;
 
 use super::Client;
@@ -42,20 +41,27 @@ impl Files {
         length: u64,
     ) -> Result<Option<ByteStream>, Error> {
         let Some(blobs) = self.0.get_or_try_init(|| find(client)).await? else { return Ok(None) };
-        let failed = |error: std::io::Error| Error::Other(format!("reading the file of {digest}: {error}"));
         // Whatever hinders it (containerd has another root by now, or the file is not to be read), containerd itself may give it.
         let path = blobs.join("sha256").join(digest.hex());
-        let Some(mut file) = whole(&path, offset.saturating_add(length)).await else { return Ok(None) };
-        file.set_max_buf_size(PIECE);
-        if offset > 0 {
-            file.seek(SeekFrom::Start(offset)).await.map_err(failed)?;
-        }
-        let pieces = ReaderStream::with_capacity(file.take(length), PIECE);
+        let end = offset.saturating_add(length);
+        let Some(file) = whole(&path, end).await else { return Ok(None) };
+        let file = Arc::new(file.into_std().await);
         let digest = digest.clone();
-        let told = move |piece: std::io::Result<_>| {
-            piece.map_err(|error| Error::Other(format!("reading the file of {digest}: {error}")))
-        };
-        Ok(Some(pieces.map(told).boxed()))
+        let pieces = stream::try_unfold(offset, move |at| {
+            let (file, digest) = (file.clone(), digest.clone());
+            async move {
+                let length = usize::try_from(end.saturating_sub(at)).unwrap_or(PIECE).min(PIECE);
+                if length == 0 {
+                    return Ok(None);
+                }
+                let read = tokio::task::spawn_blocking(move || piece(&file, at, length)).await;
+                match read.map_err(std::io::Error::other).flatten() {
+                    Ok(piece) => Ok(Some((piece, at + length as u64))),
+                    Err(error) => Err(Error::Other(format!("reading the file of {digest}: {error}"))),
+                }
+            }
+        });
+        Ok(Some(pieces.boxed()))
     }
 
     /// The file system of the blobs; nothing if that is not to be seen.
@@ -68,6 +74,20 @@ impl Files {
             free: stat.f_bfree.saturating_mul(stat.f_frsize),
         }))
     }
+}
+
+/// `length` bytes of a file, all of them, by as few reads as may be.
+fn piece(file: &std::fs::File, mut at: u64, length: usize) -> std::io::Result<Bytes> {
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        let count = rustix::io::pread(file, spare_capacity(&mut bytes), at)?;
+        if count == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        at += count as u64;
+    }
+    bytes.truncate(length); // Its capacity may be more.
+    Ok(bytes.into())
 }
 
 /// A file that is one, of so many bytes at least: what is a link, or shorter than the blob is to be, is not the blob.

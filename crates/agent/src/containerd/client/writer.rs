@@ -19,7 +19,7 @@ use super::{Client, leased};
 use crate::containerd::{BlobWriter, Error, Ingest, Labels};
 
 /// How many writes may be on their way without an answer.
-const IN_FLIGHT: usize = 4;
+const IN_FLIGHT: usize = 2;
 
 /// How long containerd may take over one write, or over COMMIT, which syncs the file to disk.
 const WRITE_DEADLINE: Duration = Duration::from_secs(120);

@@ -3,6 +3,7 @@
 
 mod ceiling;
 mod fanout;
+mod memory;
 pub mod node;
 mod table;
 mod upstream;
@@ -59,6 +60,10 @@ pub enum Group {
     Sources,
     /// Five targets of one source.
     FanOut,
+    /// What an agent holds at most.
+    Peak,
+    /// What it takes when there is nothing to do.
+    Idle,
 }
 
 /// These figures, or all if none are named; prints each as it is known.
@@ -81,6 +86,8 @@ pub async fn measure(wanted: &[Group]) -> Result<()> {
             Group::Bytes => Box::pin(bench.bytes()).await?,
             Group::Sources => bench.two_sources().await?,
             Group::FanOut => Box::pin(bench.fan_out()).await?,
+            Group::Peak => bench.peak().await?,
+            Group::Idle => bench.idle().await?,
         });
     }
     table::write(&figures)
@@ -143,8 +150,6 @@ impl Bench {
             target.empty()?;
             without.push((ours.took.as_secs_f64(), theirs.as_secs_f64()));
         }
-        #[allow(clippy::cast_precision_loss)]
-        let peak = [source.peak()?, target.peak()?].map(|bytes| bytes as f64 / MIB as f64);
         let ceiling = "the same files into the same content API";
         Ok(vec![
             Figure::of_pairs("transfer_vs_ceiling", "s", 1.15, ceiling, &without),
@@ -155,7 +160,6 @@ impl Bench {
                 "CRI PullImage, docker-registry on this machine",
                 &with,
             ),
-            Figure::alone("agent_peak_rss_mib", "MiB", 64.0, &[peak[0].max(peak[1])]),
         ])
     }
 

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use futures::{StreamExt as _, stream};
 use tokio::net::TcpListener;
 use tokio::task::block_in_place;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::Streaming;
 use tote_agent::agent::{Settings, run};
 use tote_agent::containerd::Client;
@@ -20,7 +22,7 @@ use tote_e2e::host;
 use tote_e2e::tools::Containerd;
 use tote_rpc::AgentClient;
 use tote_rpc::identity::{Authority, Identity, Role};
-use tote_rpc::v1::{self, import_event::Event};
+use tote_rpc::v1::{self, import_event::Event, session_request::Message, session_response::Message as Said};
 
 use crate::identities::certified;
 
@@ -116,9 +118,34 @@ impl Node {
         self.agent.as_ref().context("the agent was killed")
     }
 
+    /// The agent's process.
+    pub fn pid(&self) -> Result<u32> {
+        Ok(self.agent()?.process.id())
+    }
+
     /// The most memory that the agent has held, in bytes.
     pub fn peak(&self) -> Result<u64> {
-        host::resident_at_most(self.agent()?.process.id())
+        host::resident_at_most(self.pid()?)
+    }
+
+    /// A session of a controller, which has heard of so many images. It ends when it is dropped.
+    pub async fn listen(&self, images: usize) -> Result<impl Sized + use<>> {
+        let hello = v1::Hello { term: Some(term()), node_name: self.name.clone() };
+        let hello = v1::SessionRequest { message: Some(Message::Hello(hello)) };
+        let requests = stream::iter([hello]).chain(stream::pending());
+        let mut session = self.client().await?.session(requests).await?.into_inner();
+        let mut heard = 0;
+        while heard < images {
+            let response = session.message().await?.context("the session ended")?;
+            heard += match response.message {
+                Some(Said::Snapshot(snapshot)) => snapshot.images.len(),
+                Some(Said::Delta(delta)) => delta.upserted.len(),
+                _ => 0,
+            };
+        }
+        // Whatever comes is taken in, as a controller does.
+        let listening = tokio::spawn(async move { while let Ok(Some(_)) = session.message().await {} });
+        Ok(AbortOnDropHandle::new(listening))
     }
 
     /// A counter of the agent's.
