@@ -24,6 +24,7 @@ mod play;
 mod policy;
 mod reader;
 mod reign;
+mod relay;
 mod renewal;
 mod rogue;
 mod shapes;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         identity::all(),
         gitops::all(),
         faults::all(),
+        relay::all(),
         leaders::all(),
         nodes::all(),
         values::all(),

@@ -227,9 +227,7 @@ impl Asked {
             if self.tried().left(std::slice::from_ref(&source)).is_empty() {
                 continue; // It failed while a seat was waited for.
             }
-            // That one of last resort would be faster is no reason to leave a relay: it is busy with feeding that.
-            let is_other = |other: &Source| *other != source && !(source.relay && other.last_resort);
-            let others: Vec<Source> = left.into_iter().filter(is_other).collect();
+            let others: Vec<Source> = left.into_iter().filter(|other| *other != source).collect();
             let begun = Instant::now();
             let mut paid = Duration::ZERO;
             let span = Span::of(self.blob.size, from, length);
@@ -242,8 +240,10 @@ impl Asked {
                 match fetch::open(&context.peers, &source, &self.reference, wanted, span, patience).await {
                     Err(error) => Some(error),
                     Ok(mut body) => loop {
-                        let late =
-                            context.traffic.patience(length, &others).map(|patience| begun + patience + paid);
+                        let late = context
+                            .traffic
+                            .patience(&source, length, &others)
+                            .map(|patience| begun + patience + paid);
                         let next = match late {
                             Some(late) => tokio::time::timeout_at(late, body.next()).await,
                             None => Ok(body.next().await),

@@ -23,6 +23,9 @@ const WATCHED: Duration = Duration::from_secs(5);
 /// for this long shows how fast the others are.
 const SHORT: Duration = Duration::from_secs(30);
 
+/// No blob waits for longer, whatever is said of how the image grows: who said it is not believed any more.
+const LONGEST: Duration = Duration::from_secs(600);
+
 /// So much slower than another source is too slow.
 const TOO_SLOW: f64 = 4.0;
 
@@ -43,16 +46,17 @@ struct Seen {
     first: (Instant, u64),
     last: Arrived,
     changed: Instant,
+    is_left: bool,
 }
 
 impl Seen {
     fn new(arrived: Arrived, now: Instant) -> Self {
-        Self { first: (now, arrived.bytes), last: arrived, changed: now }
+        Self { first: (now, arrived.bytes), last: arrived, changed: now, is_left: false }
     }
 
     fn look(&mut self, arrived: Arrived, now: Instant) {
         if arrived.bytes < self.last.bytes {
-            *self = Self::new(arrived, now); // It began anew.
+            *self = Self { is_left: self.is_left, ..Self::new(arrived, now) }; // It began anew.
         } else if arrived != self.last {
             (self.last, self.changed) = (arrived, now);
         }
@@ -85,7 +89,8 @@ impl Relays {
         let mut known = self.lock();
         let seen = known.seen.entry(relay.to_owned()).or_insert_with(|| Seen::new(arrived, now));
         seen.look(arrived, now);
-        if now.duration_since(seen.changed) > growth {
+        seen.is_left |= waited > LONGEST;
+        if seen.is_left || now.duration_since(seen.changed) > growth {
             return false;
         }
         let Some(rate) = seen.rate(now) else { return true };
@@ -116,6 +121,9 @@ impl Run<'_> {
                 }
                 named.iter().cloned().partition::<Vec<_>, _>(|source| source.relay)
             };
+            if relays.is_empty() || !matches!(self.containerd().blob(&blob.digest).await, Ok(None)) {
+                return; // It is here, perhaps meanwhile.
+            }
             let mut waits = false;
             for relay in &relays {
                 match self.look(relay, blob).await {
@@ -192,6 +200,24 @@ mod tests {
             let (relays, began) = (Relays::default(), Instant::now());
             assert_eq!(watch(&relays, began, rate, (0, 6), Some(others)), worth, "{rate} against {others}");
         }
+    }
+
+    #[test]
+    fn none_is_waited_for_for_ever() {
+        let (relays, began) = (Relays::default(), Instant::now());
+        let looks = |from: u64, to: u64| {
+            let at = |second: u64| {
+                let now = began + Duration::from_secs(second);
+                (Arrived { bytes: 1 + second % 2, total: 2 }, now, Duration::from_secs(second - from))
+            };
+            (from..=to)
+                .map(at)
+                .map(|(arrived, now, waited)| relays.is_worth("r", (arrived, now), (waited, GROWTH), None))
+                .last()
+        };
+        assert_eq!(looks(0, 600), Some(true));
+        assert_eq!(looks(0, 601), Some(false));
+        assert_eq!(looks(602, 603), Some(false), "nor by other blobs");
     }
 
     #[test]

@@ -220,9 +220,7 @@ impl Run<'_> {
         places: &Semaphore,
         arrived: &watch::Sender<HashSet<Digest>>,
     ) -> Result<(), Failure> {
-        if self.containerd().blob(&layer.digest).await?.is_none() {
-            self.await_relays(layer).await;
-        }
+        self.await_relays(layer).await;
         // In order, for they are unpacked in order. It is never closed.
         let _place = places.acquire().await;
         self.obtain(layer, Labels::new()).await?;

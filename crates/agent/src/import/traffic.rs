@@ -21,6 +21,9 @@ const TOO_LONG: f64 = 4.0;
 /// Nothing is too long before that.
 const LEAST: Duration = Duration::from_millis(500);
 
+/// The same where the source is getting the image itself.
+const LEAST_OF_RELAYS: Duration = Duration::from_secs(5);
+
 /// The sources of an agent's transfers.
 #[derive(Clone, Debug, Default)]
 pub struct Traffic(Arc<Shared>);
@@ -95,14 +98,15 @@ impl Traffic {
     }
 
     /// How long a source may take over `bytes` before another of `others` had better be asked; for ever, if nothing is known
-    /// of them.
-    pub(super) fn patience(&self, bytes: u64, others: &[Source]) -> Option<Duration> {
+    /// of them. With a relay it is longer: the others are busy with feeding that.
+    pub(super) fn patience(&self, source: &Source, bytes: u64, others: &[Source]) -> Option<Duration> {
         let standings = self.lock();
         #[allow(clippy::cast_precision_loss)]
         let due = |standing: &Standing| Some((standing.busy + 1) as f64 * bytes as f64 / standing.rate?);
         let best =
             others.iter().filter_map(|source| due(standings.get(&source.node)?)).min_by(f64::total_cmp)?;
-        Some(Duration::try_from_secs_f64(best * TOO_LONG).unwrap_or(Duration::MAX).max(LEAST))
+        let least = if source.relay { LEAST_OF_RELAYS } else { LEAST };
+        Some(Duration::try_from_secs_f64(best * TOO_LONG).unwrap_or(Duration::MAX).max(least))
     }
 }
 
@@ -203,11 +207,13 @@ mod tests {
     #[tokio::test]
     async fn patience_is_as_long_as_others_are_slow() {
         let (traffic, others) = (Traffic::default(), [source("a"), source("b")]);
-        assert_eq!(traffic.patience(1 << 20, &others), None, "nothing is known");
+        assert_eq!(traffic.patience(&others[0], 1 << 20, &others), None, "nothing is known");
         seat(&traffic, &others[..1]).await.gave(1 << 20, Duration::from_secs(1));
-        let known = traffic.patience(1 << 20, &others).unwrap();
+        let known = traffic.patience(&others[0], 1 << 20, &others).unwrap();
         assert_eq!(known, Duration::from_secs(4));
-        assert_eq!(traffic.patience(1, &others), Some(LEAST));
-        assert_eq!(traffic.patience(1 << 20, &others[1..]), None);
+        assert_eq!(traffic.patience(&others[0], 1, &others), Some(LEAST));
+        let relay = Source { relay: true, ..source("r") };
+        assert_eq!(traffic.patience(&relay, 1, &others), Some(LEAST_OF_RELAYS));
+        assert_eq!(traffic.patience(&others[0], 1 << 20, &others[1..]), None);
     }
 }

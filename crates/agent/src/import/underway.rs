@@ -18,7 +18,8 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Default)]
 pub struct Underway(Arc<Mutex<HashMap<Digest, Weak<Bringing>>>>);
 
-/// How far an image is on its way to a node: bytes of it that are there, of so many in all; 0 of 0 while nothing is known.
+/// How far an image is on its way to a node: bytes of it that are there, of so many in all; 0 of 0 while nothing is known. Where
+/// that node waits for another, with those of the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Arrived {
     /// Bytes that are there.
@@ -31,6 +32,11 @@ impl Arrived {
     /// The header of the distribution API by which an agent says this of a blob that it does not hold yet: `<bytes>/<total>`,
     /// with status 503.
     pub const HEADER: &str = "tote-in-flight";
+
+    fn with(self, other: Self) -> Self {
+        let (bytes, total) = (self.bytes.saturating_add(other.bytes), self.total.saturating_add(other.total));
+        Self { bytes, total }
+    }
 
     /// The header's value.
     pub fn parse(text: &str) -> Option<Self> {
@@ -126,7 +132,8 @@ impl Bringing {
         self.lock().is_known
     }
 
-    /// How far it is on its way here, if it is: what has come, or what has come to the node that is waited for.
+    /// How far it is on its way here, if it is. What has come to the node that is waited for counts as well: so whoever waits for this
+    /// one sees it grow where either does.
     pub fn arrived(&self, now: Instant) -> Option<Arrived> {
         let inner = self.lock();
         let of = |states: &watch::Receiver<State>| {
@@ -135,11 +142,10 @@ impl Bringing {
             Arrived { bytes: progress.transferred.saturating_add(progress.reused), total: progress.total }
         };
         let own = inner.transfers.iter().map(|(_, states)| of(states)).max_by_key(|arrived| arrived.bytes);
-        match (own, inner.before) {
-            (Some(own), Some(before)) if before.bytes > own.bytes => Some(before),
-            (Some(own), _) => Some(own),
-            (None, _) if inner.begun == 0 && now < inner.expected + BEGINS_WITHIN => Some(Arrived::default()),
-            (None, _) => None,
+        match own {
+            Some(own) => Some(own.with(inner.before.unwrap_or_default())),
+            None if inner.begun == 0 && now < inner.expected + BEGINS_WITHIN => Some(Arrived::default()),
+            None => None,
         }
     }
 }
@@ -188,9 +194,9 @@ mod tests {
             (state.progress.transferred, state.progress.reused, state.progress.total) = (3, 4, 10);
         });
         assert_eq!(image.arrived(now), Some(Arrived { bytes: 7, total: 10 }));
-        let before = Arrived { bytes: 8, total: 10 };
+        let before = Arrived { bytes: 8, total: 11 };
         brings.waits_for(Some(before));
-        assert_eq!(image.arrived(now), Some(before), "what it waits for grows elsewhere");
+        assert_eq!(image.arrived(now), Some(Arrived { bytes: 15, total: 21 }), "it grows elsewhere");
         brings.waits_for(None);
         let layer = Digest::sha256(b"layer");
         brings.learn([&layer]);

@@ -18,7 +18,7 @@ use crate::peers::{PKI, Peer, Trick};
 use crate::{NAME, check_complete, eventually, noise};
 
 /// How long an image may stand still at a relay here.
-const GROWTH: Duration = Duration::from_secs(1);
+const GROWTH: Duration = Duration::from_secs(3);
 
 /// An agent, and the controller's connection to it.
 struct Node {
@@ -225,7 +225,7 @@ async fn a_relay_where_nothing_comes_is_left() {
 async fn a_relay_that_grows_is_waited_for() {
     let image = layers(&[12]);
     let (relay, target) = (Node::start().await, Node::start().await);
-    let origin = origin(&image, 2 << 20, &[&relay, &target]).await;
+    let origin = origin(&image, 1 << 20, &[&relay, &target]).await;
     relay.grant(&target, &image, true).await.unwrap();
     let relayed = relay.import(&image, vec![first(&origin)]).await;
     let began = Instant::now();
