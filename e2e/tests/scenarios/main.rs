@@ -26,6 +26,7 @@ mod reader;
 mod reign;
 mod renewal;
 mod rogue;
+mod several;
 mod shapes;
 mod stage;
 mod values;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         identity::all(),
         gitops::all(),
         faults::all(),
+        several::all(),
         leaders::all(),
         nodes::all(),
         values::all(),
