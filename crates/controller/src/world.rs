@@ -62,12 +62,18 @@ impl World {
         Self { enabled, images, access, tags, ..Self::default() }
     }
 
-    /// Why the operator's patterns and bounds do not let an image be salvaged to the node `target`; `None` if they do.
-    pub fn refusal(&self, reference: &Reference, digest: &Digest, target: &str) -> Option<String> {
+    /// Why the operator's patterns and bounds do not let an image be salvaged to the node `target`, with a condition's reason;
+    /// `None` if they do.
+    pub fn refusal(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        target: &str,
+    ) -> Option<(&'static str, String)> {
         let platform = self.fleet.node(target).map(|node| &node.platform);
-        self.images
-            .refusal(reference, self.fleet.names_of(digest).into_iter())
-            .or_else(|| self.images.too_large(self.fleet.size(digest, platform)))
+        let denied = self.images.refusal(reference, self.fleet.names_of(digest).into_iter());
+        let too_large = || self.images.too_large(self.fleet.size(digest, platform));
+        denied.map(|why| ("ImageDenied", why)).or_else(|| too_large().map(|why| ("ImageTooLarge", why)))
     }
 
     /// Whether a namespace may have an image on the node `target`: by all that kubelets have written down about it, or because

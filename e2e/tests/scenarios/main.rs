@@ -27,6 +27,7 @@ mod reign;
 mod relay;
 mod renewal;
 mod rogue;
+mod several;
 mod shapes;
 mod stage;
 mod values;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         gitops::all(),
         faults::all(),
         relay::all(),
+        several::all(),
         leaders::all(),
         nodes::all(),
         values::all(),

@@ -1,5 +1,6 @@
 //! Who is helped, who is left alone, and what is said about it.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use tote_e2e::inspect;
 use tote_e2e::registry::Control as _;
 use tote_e2e::tenant::{PodShape, Tenant, imported_reason, phase};
 
+use crate::known::agents;
 use crate::play::Play;
 use crate::stage::{SOON, Scenario};
 
@@ -37,6 +39,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("denied_by_pattern", "n1", "n2", denied_by_pattern),
         Scenario::new("source_that_lies", "n3", "n1", source_that_lies),
         Scenario::new("two_sources_that_lie", "n1", "n2", two_sources_that_lie).with("n3"),
+        Scenario::new("one_source_that_lies", "n1", "n2", one_source_that_lies).with("n3"),
         Scenario::new("sources_that_hold_a_part", "n1", "n2", sources_that_hold_a_part).with("n3"),
         Scenario::new("three_pods_one_job", "n1", "n3", three_pods_one_job),
         Scenario::new("two_nodes_at_once", "n1", "n2", two_nodes_at_once).with("n3"),
@@ -203,6 +206,7 @@ async fn source_that_lies(play: Play) -> Result<()> {
     let blobs = image.needed()?;
     let layer = blobs.iter().max_by_key(|blob| blob.size).context("an image without blobs")?;
     damage(play.source()?, layer)?;
+    let before = lies(&play, "n1").await?;
     play.start_on_target("waiting", &pinned).await?;
     // Seven attempts with pauses of 1, 2, 4, ... 32 s.
     let note = play.tenant.event("waiting", "ImageSalvageFailed", Duration::from_secs(150)).await?;
@@ -211,16 +215,44 @@ async fn source_that_lies(play: Play) -> Result<()> {
     }
     let job = play.tenant.until_job("that is Failed", SOON, |job| phase(job) == Some(Phase::Failed)).await?;
     play.tenant.event(&job.name_any(), "BackoffLimitExceeded", SOON).await?;
+    let counted = lies(&play, "n1").await?.of("n3") - before.of("n3");
+    ensure!(counted >= 7, "{counted} lies of n3 are counted, and there was one in each of seven attempts");
     play.assert_nothing_unfinished(&image).await?;
     inspect::assert_gone(play.target()?, &image)
 }
 
-/// Changes a blob on a node's disk, behind containerd's back.
+/// What an agent has counted of others' lies.
+struct Lies(BTreeMap<&'static str, u64>);
+
+impl Lies {
+    fn of(&self, node: &str) -> u64 {
+        self.0.get(node).copied().unwrap_or_default()
+    }
+}
+
+async fn lies(play: &Play, node: &str) -> Result<Lies> {
+    let all = agents(play).await?;
+    let agent = all.iter().find(|agent| agent.node == node).with_context(|| format!("no agent on {node}"))?;
+    let mut counted = BTreeMap::new();
+    for liar in ["n1", "n2", "n3"] {
+        let name = format!("tote_agent_lies_total{{node=\"{liar}\"}}");
+        counted.insert(liar, agent.metric(&play.tenant.client(), &name).await?);
+    }
+    Ok(Lies(counted))
+}
+
+/// Changes a blob on a node's disk, behind containerd's back: in its middle, and each MiB from there.
 fn damage(node: &Node, blob: &Descriptor) -> Result<()> {
     let hex = blob.digest.trim_start_matches("sha256:");
     let store = "var/lib/containerd/io.containerd.content.v1.content/blobs/sha256";
     let file = std::fs::OpenOptions::new().write(true).open(node.path(store).join(hex))?;
-    Ok(file.write_all_at(b"not what it was", blob.size / 2)?)
+    let wrong = b"not what it was";
+    let mut at = blob.size / 2 % (1 << 20);
+    while at + wrong.len() as u64 <= blob.size {
+        file.write_all_at(wrong, at)?;
+        at += 1 << 20;
+    }
+    Ok(())
 }
 
 /// Each of two copies is damaged, in another layer. Whichever is asked first lies, and what is true comes from the other.
@@ -234,13 +266,46 @@ async fn two_sources_that_lie(play: Play) -> Result<()> {
     ensure!(layers.len() == 2, "{layers:?}");
     damage(play.source()?, &layers[0])?;
     damage(play.cluster().node("n3")?, &layers[1])?;
+    let before = lies(&play, "n2").await?;
     play.start_on_target("waiting", &pinned).await?;
     let job = play.tenant.imported(SOON).await?;
+    named(&job, &before, &lies(&play, "n2").await?)?;
     let status = job.status.unwrap_or_default();
     ensure!(status.attempts == 1, "{} attempts: {status:?}", status.attempts);
     let mut sources = status.source_nodes;
     sources.sort_unstable();
     ensure!(sources == ["n1", "n3"], "it came from {sources:?}");
+    play.tenant.running("waiting", SOON).await?;
+    play.assert_intact(&image, &pinned).await
+}
+
+/// Who was counted as a liar is named in the job's condition, and nobody else.
+fn named(job: &SalvageJob, before: &Lies, after: &Lies) -> Result<Vec<&'static str>> {
+    let (_, message) = imported_reason(job);
+    println!("{message}");
+    let liars: Vec<&str> = after.0.keys().copied().filter(|n| after.of(n) > before.of(n)).collect();
+    let said = format!("wrong bytes came from {}, and were thrown away", liars.join(", "));
+    ensure!(message.contains(&said) || liars.is_empty(), "{said} is not in {message}");
+    ensure!(message.contains("wrong bytes") != liars.is_empty(), "{liars:?} are counted: {message}");
+    Ok(liars)
+}
+
+/// One of two copies is damaged throughout: what it gives is thrown away, the other is tried, and it is named.
+async fn one_source_that_lies(play: Play) -> Result<()> {
+    let image = play.image("random-20")?;
+    let (_, pinned) = play.push(&image).await?;
+    play.pull_on_source(&pinned).await?;
+    play.pull_on("other", "n3", &pinned).await?;
+    play.registry.stop()?;
+    for layer in &image.host()?.layers {
+        damage(play.cluster().node("n3")?, layer)?;
+    }
+    let before = lies(&play, "n2").await?;
+    play.start_on_target("waiting", &pinned).await?;
+    let job = play.tenant.imported(SOON).await?;
+    let liars = named(&job, &before, &lies(&play, "n2").await?)?;
+    ensure!(liars == ["n3"], "{liars:?} are named");
+    ensure!(job.status.as_ref().is_some_and(|status| status.attempts == 1), "{:?}", job.status);
     play.tenant.running("waiting", SOON).await?;
     play.assert_intact(&image, &pinned).await
 }

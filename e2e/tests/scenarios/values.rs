@@ -15,6 +15,7 @@ use tote_e2e::operator;
 use tote_e2e::registry::{Control as _, Effect, LOGIN, Rule};
 use tote_e2e::tenant::{PodShape, Tenant, imported_reason};
 
+use crate::known::agents;
 use crate::play::Play;
 use crate::stage::{Alone, SOON, Scenario};
 
@@ -34,6 +35,7 @@ pub fn all() -> Vec<Scenario> {
     let all = [
         Scenario::new("values_newest_of_a_tag", "n1", "n2", newest_of_a_tag),
         Scenario::new("values_allowed_by_pattern", "n1", "n2", allowed_by_pattern),
+        Scenario::new("values_image_too_large", "n1", "n2", image_too_large),
         Scenario::new("values_access_any", "n1", "n2", access_any),
         Scenario::new("values_asked_with_a_pull_secret", "n1", "n2", asked_with_a_pull_secret),
     ];
@@ -119,6 +121,40 @@ async fn allowed_by_pattern(play: Play) -> Result<()> {
         play.assert_intact(&good, &allowed).await
     });
     with(&play, &["config.images.allowed[0]=*/allowed"], patterns).await
+}
+
+/// An image over the bound is left alone: said on the pod and in a job by hand, and no byte moves. Under the bound as it was
+/// it comes, and the job by hand goes on.
+async fn image_too_large(play: Play) -> Result<()> {
+    let image = play.image("tiny")?;
+    let (_, pinned) = play.push(&image).await?;
+    play.pull_on_source(&pinned).await?;
+    play.registry.stop()?;
+    let client = play.tenant.client();
+    let bounded = Box::pin(async {
+        let target =
+            agents(&play).await?.into_iter().find(|agent| agent.node == "n2").context("no agent on n2")?;
+        let received = target.metric(&client, "tote_agent_received_bytes_total").await?;
+        play.start_on_target("waiting", &pinned).await?;
+        let note = play.tenant.event("waiting", names::event::IMAGE_NOT_ACTIONABLE, SOON).await?;
+        for part in ["config.images.maxSize", "1.0 MiB is the most", pinned.as_str()] {
+            ensure!(note.contains(part), "{part} is not named: {note}");
+        }
+        no_job(&play.tenant).await?;
+        play.tenant.declare("by-hand", json!({"image": pinned, "nodeName": "n2"})).await?;
+        let refused = |job: &SalvageJob| imported_reason(job).0 == "ImageTooLarge";
+        let job = play.tenant.until_job("that is refused", SOON, refused).await?;
+        ensure!(imported_reason(&job).1.contains("config.images.maxSize"), "{:?}", job.status);
+        let status = job.status.unwrap_or_default();
+        ensure!(status.attempts == 0 && status.transfer.is_none(), "{status:?}");
+        let moved = target.metric(&client, "tote_agent_received_bytes_total").await? - received;
+        ensure!(moved == 0, "{moved} bytes were moved");
+        inspect::assert_gone(play.target()?, &image)
+    });
+    with(&play, &["config.images.maxSize=1Mi"], bounded).await?;
+    play.tenant.imported(SOON).await?;
+    play.tenant.running("waiting", SOON).await?;
+    play.assert_intact(&image, &pinned).await
 }
 
 /// A private image, and a pod of a namespace that never had it: `access: any` lets it move, and kubelet is told of no restriction.

@@ -2,9 +2,11 @@
 
 use std::collections::VecDeque;
 
+use futures::TryStreamExt as _;
 use tote_image::Descriptor;
 
 use super::chunk::{Asked, CHUNK, Chunk, Piece, Tried};
+use super::evidence::Evidence;
 use super::failure::Failure;
 use super::fetch::FetchError;
 use super::request::Source;
@@ -57,8 +59,10 @@ impl Run<'_> {
         };
         let context = self.context.clone();
         let asked = Asked::new(context, self.wanted.reference.clone(), blob.clone(), self.sources.clone());
-        let outcome = self.obtain_from(&asked, blob, labels, partial).await;
+        let mut evidence = Evidence::default();
+        let outcome = self.obtain_from(&asked, blob, labels, partial, &mut evidence).await;
         if outcome.is_ok() {
+            self.convict(&asked, blob, &evidence).await;
             asked.tried().settle();
         }
         self.note_liars(&asked.tried());
@@ -73,18 +77,37 @@ impl Run<'_> {
         }
     }
 
+    /// Holds what made no blob against the blob, now that it is here.
+    async fn convict(&self, asked: &Asked, blob: &Descriptor, evidence: &Evidence) {
+        let mut found: Vec<&Source> = Vec::new();
+        for given in evidence.suspects() {
+            if found.contains(&&given.source) {
+                continue;
+            }
+            let pieces = self.containerd().read(&blob.digest, given.from, given.length).await;
+            let Ok(pieces) = pieces else { return };
+            let Ok(pieces) = pieces.try_collect::<Vec<_>>().await else { return };
+            if !evidence.is(given, &pieces.concat()) {
+                found.push(&given.source);
+                let wrong = "gave other bytes than the blob has".to_owned();
+                asked.tried().note(&given.source, FetchError::Wrong(wrong));
+            }
+        }
+    }
+
     async fn obtain_from(
         &self,
         asked: &Asked,
         blob: &Descriptor,
         labels: Labels,
         mut partial: Partial,
+        evidence: &mut Evidence,
     ) -> Result<(), Failure> {
         // After a mismatch whose cause is not known: one source at a time, that it be found.
         let mut only: Option<Source> = None;
         let mut alone = Vec::new();
         loop {
-            if self.fill(blob, asked, &mut partial, only.as_ref()).await? {
+            if self.fill(blob, asked, &mut partial, only.as_ref(), evidence).await? {
                 let sole = partial.sole_giver().cloned();
                 let mixed = sole.is_none() && partial.givers.is_some();
                 match partial.writer.commit(labels.clone()).await {
@@ -95,6 +118,9 @@ impl Run<'_> {
                     Err(Error::AlreadyExists(_)) => return self.present(blob, &labels).await,
                     Err(Error::Mismatch(_)) => {}
                     Err(error) => return Err(error.into()),
+                }
+                if sole.is_none() {
+                    evidence.suspect();
                 }
                 if let Some(giver) = sole {
                     let wrong = "gave bytes with another digest".to_owned();
@@ -111,6 +137,7 @@ impl Run<'_> {
                     return Err(asked.failure());
                 }
             }
+            evidence.forget();
             match self.reopen(blob).await? {
                 Some(fresh) => partial = fresh,
                 None => return self.present(blob, &labels).await,
@@ -125,6 +152,7 @@ impl Run<'_> {
         asked: &Asked,
         partial: &mut Partial,
         only: Option<&Source>,
+        evidence: &mut Evidence,
     ) -> Result<bool, Failure> {
         let mut next = partial.writer.offset();
         let mut flying: VecDeque<Chunk> = VecDeque::new();
@@ -142,6 +170,7 @@ impl Run<'_> {
             while let Some(Piece { bytes, source }) = chunk.next().await {
                 let length = bytes.len() as u64;
                 self.check_room(length, blob.digest.as_str()).await?;
+                evidence.given(partial.writer.offset(), &bytes, &source);
                 partial.writer.write(bytes).await?;
                 self.tracker.moved(&blob.digest, length, &source.node);
                 if let Some(givers) = partial.givers.as_mut().filter(|givers| !givers.contains(&source)) {

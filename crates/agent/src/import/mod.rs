@@ -5,6 +5,7 @@
 
 mod blob;
 mod chunk;
+mod evidence;
 mod failure;
 mod fetch;
 mod flights;

@@ -28,11 +28,16 @@ impl Registry {
     }
 
     fn with_stall(stall: Duration) -> Self {
+        Self::with(|served| served.stall = stall)
+    }
+
+    fn with(change: impl FnOnce(&mut Served)) -> Self {
         let fake = Fake::default();
         let image = Blobs::image(&[tar(&[("a", &noise(LAYER))])]).indexed();
         image.pull_into(&fake, "registry.test/a/b:1");
         let metrics = Arc::<Metrics>::default();
-        let served = Served { stall, ..Served::new(Arc::new(fake.clone()), metrics.clone()) };
+        let mut served = Served::new(Arc::new(fake.clone()), metrics.clone());
+        change(&mut served);
         let grants = served.grants.clone();
         let registry = Self { fake, router: router(served), image, grants, metrics };
         registry.grant("reader", &registry.image.digests());
@@ -209,6 +214,22 @@ async fn a_grant_that_ends_cuts_off_what_is_under_way() {
     assert!(registry.grants.revoke(&TransferId::parse("for-reader").unwrap(), Instant::now()));
     let error = answer.into_body().collect().await.unwrap_err();
     assert!(error.to_string().contains("the grant has ended"), "{error}");
+}
+
+#[tokio::test]
+async fn what_is_given_is_capped_over_all_readers() {
+    let rate = 4 * LAYER;
+    let registry =
+        Registry::with(|served| served.upload = Bandwidth::new(Some(rate.to_string().parse().unwrap())));
+    registry.grant("other", &registry.image.digests());
+    let path = format!("/v2/a/b/blobs/{}", registry.image.layers[0].digest);
+    let began = Instant::now();
+    let read = async |node: &str| registry.ask_as(Some(Role::Node(node.into())), "GET", &path, "").await;
+    let (one, two) = tokio::join!(read("reader"), read("other"));
+    assert!(one.2.len() > LAYER && one.2 == two.2);
+    // Half a second, less what may pass at once.
+    let took = began.elapsed();
+    assert!(took > Duration::from_millis(380) && took < Duration::from_secs(5), "{took:?}");
 }
 
 /// A node that does not read holds its share for a while, and never that of others.

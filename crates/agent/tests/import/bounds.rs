@@ -1,10 +1,15 @@
 //! What is refused before a layer moves: an image that is too large, or that does not fit on the disk.
 
-use tote_agent::containerd::Fake;
+use std::time::Duration;
+
+use tote_agent::bandwidth::Bandwidth;
+use tote_agent::containerd::{Containerd as _, Fake};
+use tote_agent::import::{Context, Imports, Lifetimes, Patience};
+use tote_agent::testing::{Blobs, tar};
 use tote_rpc::v1::Cause;
 
-use crate::peers::{Peer, Trick, agent, import, request};
-use crate::{NAME, check_complete, check_nothing, image, large_image};
+use crate::peers::{PATIENCE, Peer, Trick, agent, context, import, request};
+use crate::{NAME, check_complete, check_nothing, eventually, image, large_image};
 
 #[tokio::test]
 async fn an_image_that_is_too_large_is_refused_before_a_layer_moves() {
@@ -67,8 +72,7 @@ async fn a_disk_that_fills_while_an_image_comes_keeps_its_reserve() {
     let agent = agent(&target);
     let failing = import(&agent, request("t", NAME, &image, &[&peer]));
     let filling = async {
-        crate::eventually("a part of it", async || target.partial(layer).is_some_and(|had| !had.is_empty()))
-            .await;
+        eventually("a part of it", async || target.partial(layer).is_some_and(|had| !had.is_empty())).await;
         // A twentieth is kept, and a piece is one more.
         target.free_bytes(mebibytes(6) - 1);
     };
@@ -95,4 +99,29 @@ async fn a_second_name_is_given_though_the_disk_is_full() {
     target.free_bytes(0);
     let done = import(&agent(&target), request("t", NAME, &image, &[])).await.unwrap();
     assert_eq!(done.transferred_bytes, 0);
+}
+
+/// Eight at once; the next waits, and asks for nothing, until one of them ends.
+#[tokio::test]
+async fn a_ninth_transfer_waits() {
+    let image = image();
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    let document = &image.target.digest;
+    peer.trick(document, Trick::Hang);
+    let patience = Patience { head: Duration::from_secs(60), ..PATIENCE };
+    let context = Context { patience, ..context(&target, Bandwidth::default()) };
+    let agent = Imports::new(context, Lifetimes::default());
+    let of = |n: usize| Blobs::image(&[tar(&[("a", &[u8::try_from(n).unwrap()])])]);
+    let mut attached = Vec::new();
+    for n in 0..8 {
+        let other = of(n);
+        peer.trick(&other.target.digest, Trick::Hang);
+        attached.push(agent.attach(request(&format!("t{n}"), NAME, &other, &[&peer])).unwrap());
+        eventually("to be asked", async || peer.asked(&other.target.digest) == 1).await;
+    }
+    let ninth = agent.attach(request("t", NAME, &image, &[&peer])).unwrap();
+    assert_eq!(target.leases().await.unwrap().len(), 8);
+    assert!(agent.cancel(&request("t0", NAME, &of(0), &[]).id).await.unwrap());
+    eventually("the ninth to begin", async || peer.asked(document) == 1).await;
+    drop(ninth);
 }

@@ -2,11 +2,13 @@
 
 use std::time::Instant;
 
+use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::Fake;
+use tote_agent::import::{Imports, Lifetimes};
 use tote_agent::testing::{Blobs, tar};
 
-use crate::peers::{Peer, Trick, agent, import, request};
-use crate::{NAME, check_complete, noise};
+use crate::peers::{Peer, Trick, agent, context, import, request};
+use crate::{NAME, check_complete, check_nothing, eventually, noise};
 
 /// One layer of this many MiB.
 fn one_layer(mebibytes: usize) -> Blobs {
@@ -49,7 +51,8 @@ async fn a_slow_source_is_left_in_the_middle_of_a_part() {
     check_complete(&target, &image, NAME).await;
 }
 
-/// The bytes of three make no blob; then each is asked alone until one makes it.
+/// The bytes of three make no blob; then each is asked alone until one makes it. Though an honest one be asked first, the blob
+/// shows who gave other bytes.
 #[tokio::test]
 async fn a_liar_among_honest_ones_is_found() {
     let image = one_layer(12);
@@ -58,13 +61,16 @@ async fn a_liar_among_honest_ones_is_found() {
     for _ in 0..3 {
         peers.push(Peer::holding(&image, NAME).await);
     }
-    peers[0].trick(layer, Trick::Wrong);
-    let target = Fake::default();
     let sources: Vec<&Peer> = peers.iter().collect();
-    let done = import(&agent(&target), request("t", NAME, &image, &sources)).await.unwrap();
-    assert!(done.transferred_bytes > done.total_bytes, "what was thrown away had been moved too");
-    assert_eq!(done.lying_nodes, [peers[0].node.clone()]);
-    check_complete(&target, &image, NAME).await;
+    for liar in &peers {
+        liar.trick(layer, Trick::Wrong);
+        let target = Fake::default();
+        let done = import(&agent(&target), request("t", NAME, &image, &sources)).await.unwrap();
+        assert!(done.transferred_bytes > done.total_bytes, "what was thrown away had been moved too");
+        assert_eq!(done.lying_nodes, [liar.node.clone()]);
+        check_complete(&target, &image, NAME).await;
+        liar.behave();
+    }
     // Where nobody is honest all are named.
     for peer in &peers {
         peer.trick(layer, Trick::Wrong);
@@ -73,6 +79,45 @@ async fn a_liar_among_honest_ones_is_found() {
     for peer in &peers {
         assert!(failed.message.contains(&peer.node), "{}", failed.message);
     }
+}
+
+/// What is on its way when a transfer is cancelled ends with it: nothing is left, and what it took of what all transfers
+/// share is given back.
+#[tokio::test]
+async fn cancelled_in_the_middle_of_parts_from_several_it_frees_everything() {
+    let image = one_layer(24);
+    let layer = &image.layers[0].digest;
+    let mut peers = Vec::new();
+    for _ in 0..3 {
+        let peer = Peer::holding(&image, NAME).await;
+        peer.trick(layer, Trick::Slow(1 << 20));
+        peers.push(peer);
+    }
+    let sources: Vec<&Peer> = peers.iter().collect();
+    let target = Fake::default();
+    let context = context(&target, Bandwidth::default());
+    let ahead = context.ahead.clone();
+    let room = ahead.available_permits();
+    let imports = Imports::new(context, Lifetimes::default());
+    for round in 1..=3 {
+        let attached = imports.attach(request("t", NAME, &image, &sources)).unwrap();
+        let id = request("t", NAME, &image, &[]).id;
+        eventually("a part on its way from each", async || {
+            peers.iter().all(|peer| peer.asked(layer) >= round)
+        })
+        .await;
+        assert!(ahead.available_permits() < room);
+        assert!(imports.cancel(&id).await.unwrap());
+        check_nothing(&target).await;
+        eventually("the room to be free", async || ahead.available_permits() == room).await;
+        drop(attached);
+    }
+    for peer in &peers {
+        peer.behave();
+    }
+    let done = import(&imports, request("t", NAME, &image, &sources)).await.unwrap();
+    assert_eq!(done.transferred_bytes, done.total_bytes);
+    check_complete(&target, &image, NAME).await;
 }
 
 #[tokio::test]

@@ -176,9 +176,9 @@ impl State {
         now: Timestamp,
         again: &mut Option<Timestamp>,
     ) {
-        if let Some(denied) = self.world.refusal(reference, digest, &entry.pod.node) {
-            let note = format!("{} is not salvaged: {denied}", wait.image);
-            entry.not_actionable(wait, "ImageDenied", &note, &mut self.actions);
+        if let Some((reason, why)) = self.world.refusal(reference, digest, &entry.pod.node) {
+            let note = format!("{} is not salvaged: {why}", wait.image);
+            entry.not_actionable(wait, reason, &note, &mut self.actions);
             return;
         }
         let access = self.world.access(&entry.pod.namespace, digest, &entry.pod.node);

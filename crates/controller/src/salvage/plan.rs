@@ -232,9 +232,9 @@ fn look(
     };
     match question.resolve(&world.fleet, world.tags) {
         Resolution::Found { digest, why, sources, on_target } => {
-            if let Some(refusal) = world.refusal(&wanted.reference, &digest, &job.spec.node_name) {
-                let message = format!("{} may not be salvaged: {refusal}", job.spec.image);
-                return Err(Step::Wait { reason: "ImageDenied", message, cancel: true, access: None });
+            if let Some((reason, why)) = world.refusal(&wanted.reference, &digest, &job.spec.node_name) {
+                let message = format!("{} may not be salvaged: {why}", job.spec.image);
+                return Err(Step::Wait { reason, message, cancel: true, access: None });
             }
             if wanted.pin.is_some()
                 && wanted.reference.tag().is_some()

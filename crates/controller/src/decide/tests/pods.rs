@@ -358,7 +358,7 @@ fn an_image_that_is_too_large_is_said_to_be_and_left_alone() {
     bench.waits("p", "c", "r.test/x:1");
     let actions = bench.decide();
     assert_eq!((imports(&actions).len(), created(&actions).len()), (0, 0));
-    assert_eq!(bench.reason(&uid), (Phase::Pending, "ImageDenied".into()));
+    assert_eq!(bench.reason(&uid), (Phase::Pending, "ImageTooLarge".into()));
     let notes = told(&actions, names::event::IMAGE_NOT_ACTIONABLE);
     assert!(notes[0].contains("1.0 MiB") && notes[0].contains("config.images.maxSize"), "{notes:?}");
 }
