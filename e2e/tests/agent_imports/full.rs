@@ -124,7 +124,7 @@ fn a_full_disk() {
                 tokio::task::block_in_place(|| {
                     let mut file = File::create(&filler).unwrap();
                     while target.free() > reserve(400) + 2 * MIB {
-                        file.write_all(&[0; 1 << 20]).unwrap();
+                        file.write_all(&vec![0; 1 << 20]).unwrap();
                     }
                 });
                 ended(&mut events).await.unwrap_err()

@@ -175,6 +175,7 @@ fn nested() -> Blobs {
     outer
 }
 
+#[allow(clippy::too_many_lines, reason = "a table, a line a case")]
 fn bad() -> Vec<Bad> {
     let sized = |mut image: Blobs, of: &str, more: i64| {
         image = edited(image, |document| {

@@ -46,6 +46,9 @@ pub(super) async fn unpack(
     if is_committed(client, snapshotter, layer.chain).await? && stays_held().await? {
         return Ok(());
     }
+    if let Some(full) = below(client, keep).await {
+        return Err(full);
+    }
     let nanos = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos());
@@ -84,15 +87,20 @@ pub(super) async fn unpack(
     }
 }
 
-/// Comes back once less than so many bytes are free, and never where that is not to be seen.
+/// Whether less than so many bytes are free; not where that is not to be seen.
+async fn below(client: &Client, keep: u64) -> Option<Error> {
+    let space = client.space().await.ok()??;
+    let message = || format!("{} bytes are free, and {keep} are kept so", space.free);
+    (space.free < keep).then(|| Error::Full(message()))
+}
+
+/// Comes back once it is so.
 async fn until_below(client: &Client, keep: u64) -> Error {
     loop {
-        if let Ok(Some(space)) = client.space().await
-            && space.free < keep
-        {
-            return Error::Full(format!("{} bytes are free, and {keep} are kept so", space.free));
-        }
         tokio::time::sleep(LOOK).await;
+        if let Some(full) = below(client, keep).await {
+            return full;
+        }
     }
 }
 
