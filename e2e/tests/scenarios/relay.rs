@@ -20,7 +20,7 @@ const SERVED: &str = "tote_agent_served_bytes_total";
 
 pub fn all() -> Vec<Scenario> {
     // For itself: what agents have given is counted.
-    vec![Scenario::new("two_nodes_at_once", "n1", "n2", at_once).with("n3").alone(Alone::Operator)]
+    vec![Scenario::new("given_on_as_it_comes", "n1", "n2", at_once).with("n3").alone(Alone::Operator)]
 }
 
 /// The registry is dead; each pod runs, and the source has sent about one image and not two.

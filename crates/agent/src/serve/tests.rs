@@ -305,9 +305,9 @@ async fn what_is_on_its_way_is_told_to_those_who_may_read_it() {
     let (status, headers, _) = registry.ask_as(Some(Role::Node("other".into())), "GET", &blob, "").await;
     assert_eq!((status, headers.get("tote-in-flight")), (StatusCode::FORBIDDEN, None));
     // Once it is there it is given, by the same grant, and what does not belong to it is not.
-    let states = tokio::sync::watch::Sender::new(State::default());
-    let brings = underway.begin(root, states.subscribe());
-    states.send_modify(|state| (state.progress.transferred, state.progress.total) = (3, 10));
+    let progress = tokio::sync::watch::Sender::new(State::default());
+    let brings = underway.begin(root, progress.subscribe());
+    progress.send_modify(|state| (state.progress.transferred, state.progress.total) = (3, 10));
     brings.learn([layer]);
     brings.learnt_all();
     let (_, headers, _) = registry.ask("GET", &blob, "").await;

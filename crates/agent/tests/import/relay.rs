@@ -125,7 +125,9 @@ fn layers(mebibytes: &[usize]) -> Blobs {
 /// A peer that has the image, lets these read it, and gives each part of a layer at this rate.
 async fn origin(image: &Blobs, rate: u64, readers: &[&Node]) -> Peer {
     let origin = Peer::holding(image, NAME).await;
-    readers.iter().for_each(|node| origin.let_read(&node.name, image));
+    for node in readers {
+        origin.let_read(&node.name, image);
+    }
     for layer in &image.layers {
         origin.trick(&layer.digest, Trick::Slow(rate));
     }

@@ -85,7 +85,9 @@ pub enum Turn {
 /// others as a last resort. So what a node gives is about one image, however many want it.
 pub fn schedule(demands: &[Demand], running: &[Assignment], limits: Limits) -> Vec<Turn> {
     let mut moving = Moving::default();
-    running.iter().for_each(|transfer| moving.add(transfer.clone()));
+    for transfer in running {
+        moving.add(transfer.clone());
+    }
     let mut order: Vec<usize> = (0..demands.len()).collect();
     order.sort_by(|&a, &b| {
         let (a, b) = (&demands[a], &demands[b]);
