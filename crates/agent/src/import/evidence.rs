@@ -1,6 +1,8 @@
 //! Who gave which bytes of a blob, so that once it is had it shows who gave others. Must not know how either came.
 
-use std::hash::{BuildHasher as _, RandomState};
+use std::hash::BuildHasher as _;
+
+use foldhash::quality::RandomState;
 
 use super::request::Source;
 
@@ -13,7 +15,8 @@ pub(super) struct Given {
     hash: u64,
 }
 
-/// All that was given of a blob. It is told by hashes whose key nobody knows, so none can be made to fit.
+/// All that was given of a blob. It is told by hashes whose key nobody knows, so none can be made to fit; by a fast one, for every
+/// byte that comes is hashed.
 #[derive(Debug, Default)]
 pub(super) struct Evidence {
     key: RandomState,

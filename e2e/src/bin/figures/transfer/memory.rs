@@ -55,7 +55,7 @@ impl Bench {
         let used = || host::processor_time(node.pid()?).context("the agent has ended");
         let before = used()?;
         tokio::time::sleep(WATCHED).await;
-        let share = (used()? - before).as_secs_f64() / WATCHED.as_secs_f64() * 100.0;
+        let share = used()?.saturating_sub(before).as_secs_f64() / WATCHED.as_secs_f64() * 100.0;
         let resident = mebibytes(host::resident(node.pid()?)?);
         drop(heard);
         Ok(vec![
