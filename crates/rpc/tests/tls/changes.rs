@@ -16,14 +16,13 @@ use super::node;
 use super::played::{LOOPBACK, NODE, Served, call, ended, get, goes_on, pieces, serve, whole};
 use super::raw::{self, BOTH, Forged, dial, params, rest};
 
-/// Goes over to an authority, as a controller would have it done.
+/// Goes over to an authority, as a controller would have it done; both are trusted before and after.
 fn go_over(pki: &Pki, identity: &Arc<Identity>, role: &Role) {
     let address = Some(LOOPBACK.parse().unwrap());
     let hour = Duration::from_secs(3600);
     let certificate =
         pki.authority.sign(role, address, identity.public_key(), SystemTime::now(), hour).unwrap();
     identity.install(certificate, role).unwrap();
-    identity.trust(&pki.bundle());
 }
 
 async fn is_of(served: &Served, caller: &Arc<Identity>, pki: &Pki) -> bool {
@@ -50,23 +49,22 @@ async fn an_authority_follows_another_and_nothing_is_cut() {
 
     // One at a time, and nobody waits for anybody.
     go_over(&new, &other, &node("m"));
-    other.trust(&both);
     assert_eq!(
         whole(get(&blobs, served.uri("peer")).await.unwrap()).await.unwrap(),
         "spiffe://tote.dev/node/m"
     );
     assert!(is_of(&served, &controller, &old).await);
     go_over(&new, &agent, &node(NODE));
-    agent.trust(&both);
     assert!(is_of(&served, &controller, &new).await, "new connections show what there is now");
     call(&served, &controller).await.expect("the controller is of the old one, and believed");
     go_over(&new, &controller, &Role::Controller);
-    for identity in [&agent, &other] {
+    client.cancel(v1::CancelRequest::default()).await.expect("the connection stands");
+    // From now on who showed a certificate of the old one is told to come again; what is under way is not cut.
+    for identity in [&agent, &controller, &other] {
         identity.trust(&new.bundle());
     }
 
     assert_eq!(served.refusals(), []);
-    client.cancel(v1::CancelRequest::default()).await.expect("the connection stands");
     served.pieces.add_permits(2);
     pieces(&mut body, 2).await;
     served.pieces.close();
