@@ -97,7 +97,12 @@ pub struct Node {
 
 impl Node {
     pub fn start(version: Containerd, snapshotter: Snapshotter, bandwidth: Option<&'static str>) -> Self {
-        let daemon = Daemon::start(Options::new(version).snapshotter(snapshotter)).unwrap();
+        Self::start_with(Options::new(version).snapshotter(snapshotter), bandwidth)
+    }
+
+    /// On such a containerd.
+    pub fn start_with(options: Options, bandwidth: Option<&'static str>) -> Self {
+        let daemon = Daemon::start(options).unwrap();
         let name = format!("node-{}", daemon.dir().file_name().unwrap().to_str().unwrap().to_lowercase());
         let mut node = Self { daemon, name, bandwidth, agent: None };
         node.start_agent();

@@ -16,6 +16,7 @@ mod request;
 mod resolve;
 mod room;
 mod run;
+mod standing;
 mod traffic;
 mod transfer;
 mod underway;

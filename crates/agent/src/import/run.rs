@@ -134,9 +134,11 @@ impl Run<'_> {
             return Err(Failure::TooLarge { size, most });
         }
         self.tracker.total(size);
-        self.check_space(&image).await?;
+        let standing = self.standing(&image, &snapshotter).await?;
+        self.spare(&image, standing).await?;
+        self.check_space(&image, standing).await?;
         self.tracker.stage(Stage::Moving);
-        self.move_and_unpack(&image, &snapshotter).await?;
+        self.move_and_unpack(&image, &snapshotter, standing).await?;
         self.tracker.stage(Stage::Publishing);
         // Before, so that the image is never to be seen without; after, for kubelet removes records of images that it
         // does not see.
@@ -148,16 +150,17 @@ impl Run<'_> {
 
     /// That what is missing fits on the disk, before it moves; unpacked it takes more, which nothing tells beforehand. A layer
     /// of which a part is there already does not count: nothing tells how much of it.
-    async fn check_space(&self, image: &Image) -> Result<(), Failure> {
+    async fn check_space(&self, image: &Image, standing: usize) -> Result<(), Failure> {
+        let Some(space) = self.containerd().space().await? else { return Ok(()) };
         let begun = self.containerd().ingests().await?;
         let mut missing = 0_u64;
         let mut seen = HashSet::new();
-        for layer in image.manifest.layers.iter().filter(|layer| seen.insert(&layer.digest)) {
+        for layer in image.manifest.layers[standing..].iter().filter(|layer| seen.insert(&layer.digest)) {
             if !begun.contains(&layer.digest) && self.containerd().blob(&layer.digest).await?.is_none() {
                 missing = missing.saturating_add(layer.size);
             }
         }
-        if missing == 0 { Ok(()) } else { self.check_room(missing, "what is missing of the image").await }
+        if missing == 0 { Ok(()) } else { room::check(space, missing, "what is missing of the image") }
     }
 
     /// That the disk has room for so many bytes more of something.
@@ -183,13 +186,21 @@ impl Run<'_> {
         }
     }
 
-    /// Moves the layers, several at once, and unpacks each as soon as it and those below have arrived.
-    async fn move_and_unpack(&self, image: &Image, snapshotter: &str) -> Result<(), Failure> {
+    /// Moves the layers above those that stand unpacked, several at once, and unpacks each as soon as it and those below have
+    /// arrived.
+    async fn move_and_unpack(
+        &self,
+        image: &Image,
+        snapshotter: &str,
+        standing: usize,
+    ) -> Result<(), Failure> {
         let layers = &image.manifest.layers;
         let arrived = watch::Sender::new(HashSet::<Digest>::new());
         let places = Semaphore::new(CONCURRENT_BLOBS);
-        let moves: Vec<_> =
-            order(layers).into_iter().map(|layer| self.bring(layer, &places, &arrived)).collect();
+        let moves: Vec<_> = order(&layers[standing..])
+            .into_iter()
+            .map(|layer| self.bring(layer, &places, &arrived))
+            .collect();
         let moving = async {
             let moves = stream::iter(moves).buffer_unordered(CONCURRENT_BLOBS + WAITING_BLOBS);
             moves.try_collect::<()>().await?;
@@ -198,7 +209,7 @@ impl Run<'_> {
         };
         let unpacking = async {
             let mut arrived = arrived.subscribe();
-            for at in 0..layers.len() {
+            for at in standing..layers.len() {
                 let layer = image.layer(at);
                 // The sender outlives the loop.
                 let _ = arrived.wait_for(|arrived| arrived.contains(&layer.blob.digest)).await;
@@ -242,9 +253,13 @@ impl Run<'_> {
             error @ containerd::Error::Unavailable(_) => error.into(),
             other => Failure::Unpack { layer: digest.clone(), reason: other.to_string() },
         })?;
-        let label = (UNCOMPRESSED_LABEL.to_owned(), layer.diff_id.to_string());
-        Ok(self.containerd().label(&layer.blob.digest, &[label].into()).await?)
+        Ok(self.containerd().label(digest, &uncompressed(layer)).await?)
     }
+}
+
+/// What an unpacked layer's blob is labelled with.
+pub(super) fn uncompressed(layer: Layer<'_>) -> Labels {
+    [(UNCOMPRESSED_LABEL.to_owned(), layer.diff_id.to_string())].into()
 }
 
 #[cfg(test)]

@@ -53,10 +53,7 @@ impl std::fmt::Display for Arrived {
 
 /// One image. Kept while a transfer brings it or a grant names it.
 #[derive(Debug)]
-pub struct Bringing {
-    root: Digest,
-    state: Mutex<Inner>,
-}
+pub struct Bringing(Mutex<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -64,6 +61,8 @@ struct Inner {
     blobs: HashSet<Digest>,
     /// Whether that is all of it.
     is_known: bool,
+    /// What of it this node does without.
+    spared: HashSet<Digest>,
     transfers: Vec<(u64, watch::Receiver<State>)>,
     begun: u64,
     /// When it was first expected here.
@@ -90,12 +89,13 @@ impl Underway {
         let inner = Inner {
             blobs: HashSet::from([root.clone()]),
             is_known: false,
+            spared: HashSet::new(),
             transfers: Vec::new(),
             begun: 0,
             expected: now,
             before: None,
         };
-        let image = Arc::new(Bringing { root: root.clone(), state: Mutex::new(inner) });
+        let image = Arc::new(Bringing(Mutex::new(inner)));
         images.insert(root.clone(), Arc::downgrade(&image));
         image
     }
@@ -114,12 +114,7 @@ impl Underway {
 
 impl Bringing {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Digest of its index or manifest.
-    pub fn root(&self) -> &Digest {
-        &self.root
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a blob is known to belong to it.
@@ -127,9 +122,10 @@ impl Bringing {
         self.lock().blobs.contains(blob)
     }
 
-    /// Whether all that belongs to it is known.
-    pub fn is_known(&self) -> bool {
-        self.lock().is_known
+    /// Whether a blob may come that is not here: it belongs to the image, or what belongs to it is not known yet.
+    pub fn may_bring(&self, blob: &Digest) -> bool {
+        let inner = self.lock();
+        !inner.is_known || (inner.blobs.contains(blob) && !inner.spared.contains(blob))
     }
 
     /// How far it is on its way here, if it is. What has come to the node that is waited for counts as well: so whoever waits for this
@@ -161,6 +157,11 @@ impl Brings {
         self.image.lock().is_known = true;
     }
 
+    /// These do not come, for this node does without them.
+    pub(crate) fn spare(&self, blobs: impl IntoIterator<Item = Digest>) {
+        self.image.lock().spared = blobs.into_iter().collect();
+    }
+
     /// How far it is on its way to the node that this one waits for; nothing if it waits for none.
     pub fn waits_for(&self, before: Option<Arrived>) {
         self.image.lock().before = before;
@@ -189,7 +190,8 @@ mod tests {
         assert_eq!(image.arrived(now + BEGINS_WITHIN), None, "it never began");
         let states = watch::Sender::new(State::default());
         let brings = underway.begin(&root, states.subscribe());
-        assert!(image.has(&root) && !image.is_known(), "the same image");
+        let (layer, other) = (Digest::sha256(b"layer"), Digest::sha256(b"other"));
+        assert!(image.has(&root) && image.may_bring(&other), "the same image");
         states.send_modify(|state| {
             (state.progress.transferred, state.progress.reused, state.progress.total) = (3, 4, 10);
         });
@@ -198,12 +200,14 @@ mod tests {
         brings.waits_for(Some(before));
         assert_eq!(image.arrived(now), Some(Arrived { bytes: 15, total: 21 }), "it grows elsewhere");
         brings.waits_for(None);
-        let layer = Digest::sha256(b"layer");
         brings.learn([&layer]);
         brings.learnt_all();
+        assert!(image.may_bring(&layer) && !image.may_bring(&other), "all of it is known");
+        brings.spare([layer.clone()]);
+        assert!(image.has(&layer) && !image.may_bring(&layer), "this node does without it");
         drop(brings);
         assert_eq!(image.arrived(now), None, "it ended, and nobody waits for another");
-        assert!(image.has(&layer) && image.is_known(), "what it brought is known all the same");
+        assert!(image.has(&layer) && !image.may_bring(&other), "what it brought is known all the same");
     }
 
     #[test]

@@ -110,7 +110,7 @@ impl Grants {
         let grants = self.lock();
         let images =
             grants.values().filter(|grant| grant.is_for(reader, now)).filter_map(|g| g.coming.as_ref());
-        let fitting = images.filter(|image| !image.is_known() || image.has(blob));
+        let fitting = images.filter(|image| image.may_bring(blob));
         fitting.filter_map(|image| image.arrived(now)).max_by_key(|arrived| arrived.bytes)
     }
 

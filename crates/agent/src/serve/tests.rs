@@ -312,6 +312,11 @@ async fn what_is_on_its_way_is_told_to_those_who_may_read_it() {
     brings.learnt_all();
     let (_, headers, _) = registry.ask("GET", &blob, "").await;
     assert_eq!(headers["tote-in-flight"], "3/10");
+    // Nobody waits for what this node does without.
+    brings.spare([layer.clone()]);
+    let (status, headers, _) = registry.ask("GET", &blob, "").await;
+    assert_eq!((status, headers.get("tote-in-flight")), (StatusCode::NOT_FOUND, None));
+    brings.spare([]);
     let stranger = format!("/v2/a/b/blobs/{}", Digest::sha256(b"stranger"));
     assert_eq!(registry.ask("GET", &stranger, "").await.0, StatusCode::FORBIDDEN);
     let (status, headers, body) = {

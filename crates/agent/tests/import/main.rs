@@ -13,6 +13,7 @@ mod relay;
 mod repair;
 mod shared;
 mod sources;
+mod standing;
 
 use std::time::Duration;
 

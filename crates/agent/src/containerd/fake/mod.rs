@@ -115,6 +115,11 @@ impl Fake {
         self.lock().collect();
     }
 
+    /// Removes all snapshots, behind its back.
+    pub fn remove_snapshots(&self) {
+        self.lock().snapshots.clear();
+    }
+
     /// Names of all snapshots, unfinished ones too.
     pub fn snapshots(&self) -> Vec<String> {
         self.lock().snapshots.keys().map(|(_, name)| name.clone()).collect()
