@@ -2,9 +2,10 @@
 //! space is back.
 
 use std::fs::File;
-use std::io::Write as _;
+use std::path::Path;
 use std::time::Duration;
 
+use rustix::fs::FallocateFlags;
 use tote_e2e::containerd::Snapshotter::Overlayfs;
 use tote_e2e::host::wait_until;
 use tote_e2e::images::{Build, Compression, Entry, Image, Layer, Layout, busybox};
@@ -43,6 +44,13 @@ fn check_freed(target: &Node, before: u64) {
     assert!(free + 2 * MIB > before, "{free} bytes are free, {before} were");
 }
 
+/// Makes a file that leaves no more free than this.
+fn fill(target: &Node, path: &Path, left: u64) {
+    let file = File::create(path).unwrap();
+    let takes = target.free().checked_sub(left).expect("more is free");
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, takes).unwrap();
+}
+
 /// The least that was free while something ran.
 fn least_free<T>(target: &Node, run: impl FnOnce() -> T) -> (u64, T) {
     std::thread::scope(|scope| {
@@ -73,7 +81,7 @@ fn a_full_disk() {
     let unpacked = source.push_image(&bomb, "bomb");
     source.pull(&holder, &unpacked);
     for version in Containerd::ALL {
-        let mut target = Node::start(version, Overlayfs, Some("40Mi"));
+        let mut target = Node::start(version, Overlayfs, Some("20Mi"));
         target.shrink(40);
         let before = target.free();
 
@@ -113,20 +121,17 @@ fn a_full_disk() {
         check_freed(&target, before);
 
         // Something else fills the disk when a third has come.
-        let filler = target.daemon.root().join("filler");
+        let [filler, more] = ["filler", "more"].map(|name| target.daemon.root().join(name));
         target.resize(400);
         let before = target.free();
+        // Most of it before, so that little is left to do while the image comes.
+        fill(&target, &filler, reserve(400) + 90 * MIB);
         let (least, failed) = least_free(&target, || {
             block_on(async {
                 let attached = target.attach("filled", &reference, image.digest(), &[&holder]).await;
                 let mut events = attached.unwrap();
                 until_moved(&mut events, 0.3).await;
-                tokio::task::block_in_place(|| {
-                    let mut file = File::create(&filler).unwrap();
-                    while target.free() > reserve(400) + 2 * MIB {
-                        file.write_all(&vec![0; 1 << 20]).unwrap();
-                    }
-                });
+                tokio::task::block_in_place(|| fill(&target, &more, reserve(400) + 2 * MIB));
                 ended(&mut events).await.unwrap_err()
             })
         });
@@ -134,7 +139,9 @@ fn a_full_disk() {
         // Four pieces of three blobs were on their way to containerd.
         assert!(least + 16 * MIB > reserve(400), "{version}: {least} bytes were left free");
         assert!(target.cancel("filled"));
-        std::fs::remove_file(&filler).unwrap();
+        for file in [&filler, &more] {
+            std::fs::remove_file(file).unwrap();
+        }
         check_freed(&target, before);
 
         // With room again it comes.
