@@ -322,4 +322,38 @@ mod tests {
         assert_eq!(leader.step().await.unwrap(), None);
         assert_eq!(*calls.lock().unwrap(), ["PUT", "GET", "GET"]);
     }
+
+    /// It is asked whether it holds as of the beginning: that does not change while time passes.
+    #[tokio::test]
+    async fn a_tenure_holds_while_this_candidate_leads_and_no_longer() {
+        let (client, _, kept) = played();
+        let (began, tenure, stop) = (std::time::Instant::now(), Tenure::default(), CancellationToken::new());
+        let (terms, mut term) = watch::channel(None);
+        let leader = Leader::new(client, "default", "tote", "me");
+        let running = tokio::spawn(leader.run(terms, tenure.clone(), stop.clone()));
+        let mut leads = async |does: bool| {
+            let told = timeout(Duration::from_secs(30), term.wait_for(|term| term.is_some() == does));
+            told.await.unwrap().unwrap();
+        };
+        leads(true).await;
+        assert!(tenure.holds(began), "whoever hears of the term may act already");
+        assert!(!tenure.holds(std::time::Instant::now() + RENEW_DEADLINE), "and for no longer than that");
+        let write = |holder: &str, version: &str| {
+            let mut kept = kept.lock().unwrap();
+            let lease = kept.as_mut().unwrap();
+            lease.metadata.resource_version = Some(version.to_owned());
+            lease.spec = Some(held(holder));
+        };
+        write("other", "70");
+        leads(false).await;
+        assert!(!tenure.holds(began), "somebody else leads");
+        write("", "80");
+        leads(true).await;
+        assert!(tenure.holds(began), "it is free again");
+        stop.cancel();
+        leads(false).await;
+        assert!(!tenure.holds(began), "stopped");
+        running.await.unwrap();
+        assert_eq!(kept.lock().unwrap().take().unwrap().spec.unwrap().holder_identity.as_deref(), Some(""));
+    }
 }

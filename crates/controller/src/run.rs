@@ -61,8 +61,9 @@ pub struct Settings {
 /// How far back the clock may be set without notice.
 const STEP: Duration = Duration::from_secs(10);
 
-/// Leads for a term until dropped, until its tenure has run out unnoticed (the process was stopped), until the clock is set back (what was noted for a time then lies in a future that may
-/// be far: it is best begun anew), or until a watch ends, which none does by itself.
+/// Leads for a term until dropped, until its tenure has run out unnoticed (the process was stopped), until
+/// the clock is set back (what was noted for a time then lies in a future that may be far: it is best begun
+/// anew), or until a watch ends, which none does by itself.
 pub async fn lead(client: Client, settings: Settings, (term, tenure): (Term, Tenure), health: Arc<Health>) {
     let client = tenure.fence(client);
     let term = v1::Term { lease_uid: term.lease_uid, lease_transitions: term.transitions };
@@ -194,6 +195,27 @@ fn until(at: Timestamp) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn it_is_over_once_the_tenure_has_run_out_or_the_clock_goes_back() {
+        let (wall, steady) = (Timestamp::from_second(1_800_000_000).unwrap(), Instant::now());
+        let (tenure, mut clock) = (Tenure::default(), Clock { wall, steady });
+        let mut over_at = |tenure: &Tenure, wall_seconds: i64, steady_seconds: u64| {
+            let wall = wall + jiff::SignedDuration::from_secs(wall_seconds);
+            over(tenure, &mut clock, wall, steady + Duration::from_secs(steady_seconds))
+        };
+        let run_out = Some("the leadership has run out unnoticed");
+        assert_eq!(over_at(&tenure, 0, 0), run_out, "never confirmed");
+        tenure.confirm(steady, Duration::from_secs(6));
+        assert_eq!(over_at(&tenure, 5, 5), None);
+        assert_eq!(over_at(&tenure, 6, 6), run_out, "the process was stopped meanwhile");
+        tenure.confirm(steady + Duration::from_secs(6), Duration::from_secs(6));
+        assert_eq!(over_at(&tenure, 7, 7), None, "it was confirmed again");
+        assert_eq!(over_at(&tenure, -60, 8), Some("the clock was set back"));
+        assert_eq!(over_at(&tenure, -59, 9), None, "once");
+        tenure.end();
+        assert_eq!(over_at(&tenure, -58, 10), run_out);
+    }
 
     #[test]
     fn a_clock_that_goes_back_is_noticed_and_one_that_is_slewed_is_not() {

@@ -109,17 +109,28 @@ async fn a_ninth_transfer_waits() {
     let document = &image.target.digest;
     peer.trick(document, Trick::Hang);
     let patience = Patience { head: Duration::from_secs(60), ..PATIENCE };
-    let context = Context { patience, ..context(&target, Bandwidth::default()) };
-    let agent = Imports::new(context, Lifetimes::default());
+    let agent_of = |fake: &Fake| {
+        let context = Context { patience, ..context(fake, Bandwidth::default()) };
+        Imports::new(context, Lifetimes::default())
+    };
+    let agent = agent_of(&target);
     let of = |n: usize| Blobs::image(&[tar(&[("a", &[u8::try_from(n).unwrap()])])]);
-    let mut attached = Vec::new();
-    for n in 0..8 {
+    // One that asks, and waits for the answer.
+    let begin = async |agent: &Imports, n: usize| {
         let other = of(n);
         peer.trick(&other.target.digest, Trick::Hang);
-        attached.push(agent.attach(request(&format!("t{n}"), NAME, &other, &[&peer])).unwrap());
+        let attached = agent.attach(request(&format!("t{n}"), NAME, &other, &[&peer])).unwrap();
         eventually("to be asked", async || peer.asked(&other.target.digest) == 1).await;
+        attached
+    };
+    let mut attached = Vec::new();
+    for n in 0..8 {
+        attached.push(begin(&agent, n).await);
     }
     let ninth = agent.attach(request("t", NAME, &image, &[&peer])).unwrap();
+    // Another agent's, begun later, has asked by now: this one would have, too.
+    attached.push(begin(&agent_of(&Fake::default()), 8).await);
+    assert_eq!(peer.asked(document), 0);
     assert_eq!(target.leases().await.unwrap().len(), 8);
     assert!(agent.cancel(&request("t0", NAME, &of(0), &[]).id).await.unwrap());
     eventually("the ninth to begin", async || peer.asked(document) == 1).await;

@@ -225,7 +225,7 @@ async fn a_relay_where_nothing_comes_is_left() {
 /// It grows, and gives nothing on for longer than it may stand still: that is a relay's normal life.
 #[tokio::test]
 async fn a_relay_that_grows_is_waited_for() {
-    let image = layers(&[12]);
+    let image = layers(&[24]);
     let (relay, target) = (Node::start().await, Node::start().await);
     let origin = origin(&image, 1 << 20, &[&relay, &target]).await;
     relay.grant(&target, &image, true).await.unwrap();
