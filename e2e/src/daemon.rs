@@ -4,12 +4,14 @@
 //! Made for tests that talk to a real containerd. Any may be killed at any
 //! moment: what it left is removed when the next daemon starts.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::mount::{MountFlags, mount};
 use rustix::process::Signal;
 
 use crate::containerd::{Config, Snapshotter, came_up};
@@ -29,18 +31,26 @@ pub struct Options {
     pub snapshotter: Snapshotter,
     /// CRI's `discard_unpacked_layers`.
     pub discard_unpacked_layers: bool,
+    /// Its data lies in memory: on a tmpfs of so many bytes.
+    pub tmpfs: Option<u64>,
 }
 
 impl Options {
     /// The defaults of containerd itself.
     pub fn new(version: Containerd) -> Self {
-        Self { version, snapshotter: Snapshotter::default(), discard_unpacked_layers: false }
+        Self { version, snapshotter: Snapshotter::default(), discard_unpacked_layers: false, tmpfs: None }
     }
 
     /// With another snapshotter for CRI.
     #[must_use]
     pub fn snapshotter(self, snapshotter: Snapshotter) -> Self {
         Self { snapshotter, ..self }
+    }
+
+    /// With its data on a tmpfs of so many bytes.
+    #[must_use]
+    pub fn tmpfs(self, bytes: u64) -> Self {
+        Self { tmpfs: Some(bytes), ..self }
     }
 }
 
@@ -74,6 +84,10 @@ impl Daemon {
         let pid = std::process::id();
         let owner = format!("{pid} {}", host::started(pid).context("reading /proc/self")?);
         fs::write(daemon.dir.join("owner"), owner)?;
+        // Only now: a sweep leaves alone what names no owner.
+        if let Some(bytes) = options.tmpfs {
+            daemon.mount(bytes)?;
+        }
         fs::create_dir(daemon.certs_d())?;
         let config = Config {
             version: options.version,
@@ -87,6 +101,13 @@ impl Daemon {
         fs::write(daemon.dir.join("config.toml"), config.to_toml())?;
         daemon.spawn()?;
         Ok(daemon)
+    }
+
+    fn mount(&self, bytes: u64) -> Result<()> {
+        let (at, size) = (self.data(), CString::new(format!("size={bytes},mode=0755"))?);
+        fs::create_dir(&at)?;
+        mount("tmpfs", &at, "tmpfs", MountFlags::empty(), size.as_c_str())
+            .with_context(|| format!("mounting a tmpfs on {}", at.display()))
     }
 
     /// Which containerd it is.
@@ -112,12 +133,17 @@ impl Daemon {
     /// containerd's persistent data; blobs are in
     /// `io.containerd.content.v1.content/blobs` below it.
     pub fn root(&self) -> PathBuf {
-        self.dir.join("root")
+        self.data().join("root")
     }
 
     /// containerd's run-time data.
     pub fn state(&self) -> PathBuf {
-        self.dir.join("state")
+        self.data().join("state")
+    }
+
+    /// The directory of both.
+    fn data(&self) -> PathBuf {
+        if self.options.tmpfs.is_some() { self.dir.join("tmpfs") } else { self.dir.clone() }
     }
 
     /// The directory of registries' `hosts.toml` files.
@@ -133,6 +159,15 @@ impl Daemon {
     /// Whether the process runs.
     pub fn running(&self) -> bool {
         self.process.as_ref().is_some_and(|process| host::alive(process.id()))
+    }
+
+    /// The configuration that it runs with, defaults and all.
+    ///
+    /// # Errors
+    /// `containerd config dump` failed.
+    pub fn configuration(&self) -> Result<String> {
+        let mut command = Command::new(self.bin.join("containerd"));
+        host::run(command.arg("--config").arg(self.dir.join("config.toml")).args(["config", "dump"]))
     }
 
     /// Runs its own `ctr` in the namespace `k8s.io`; returns what it printed.

@@ -12,6 +12,7 @@ mod elf;
 mod layer;
 mod layout;
 mod operator;
+mod padding;
 mod presets;
 
 use anyhow::Result;

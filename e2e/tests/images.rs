@@ -86,6 +86,26 @@ fn sizes_are_what_the_names_say() {
 }
 
 #[test]
+fn padding_is_in_the_blob_and_not_in_the_tar() {
+    let build = |padding: Option<(u64, &str)>| {
+        let layer = Layer::new(Compression::Zstd).with(Entry::file("small", "small"));
+        let layer = padding.into_iter().fold(layer, |layer, (bytes, seed)| layer.padded(bytes, seed));
+        Build::new().layer(layer).write(&layout()).unwrap()
+    };
+    let (plain, padded) = (build(None), build(Some((3 << 20, "one"))));
+    verify(&padded);
+    let layer = |image: &Image| image.host().unwrap().layers[0].clone();
+    assert_eq!(layer(&padded).size, layer(&plain).size + 8 + (3 << 20));
+    assert_eq!(tar_of(&padded, &layer(&padded)), tar_of(&plain, &layer(&plain)));
+    let blob = std::fs::read(padded.layout.blob(&layer(&padded).digest)).unwrap();
+    assert!(zstd::bulk::compress(&blob, 3).unwrap().len() > 3 << 20, "it compresses");
+    assert_eq!(padded.digest(), build(Some((3 << 20, "one"))).digest());
+    assert_ne!(padded.digest(), build(Some((3 << 20, "two"))).digest());
+    let other = Layer::new(Compression::Gzip).padded(1, "x");
+    assert!(Build::new().layer(other).write(&layout()).is_err());
+}
+
+#[test]
 fn docker_media_types_are_used_throughout() {
     let image = docker(&layout(), "x").unwrap();
     assert_eq!(image.target.media_type, DOCKER_INDEX);

@@ -7,7 +7,9 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::Command;
 use tote_e2e::daemon::{Daemon, Options};
-use tote_e2e::images::{Image, Layout, Operator, PRESETS, operator, preset, tiny};
+use tote_e2e::images::{
+    Build, Compression, Image, Layout, Operator, PRESETS, busybox, operator, preset, tiny,
+};
 use tote_e2e::registry::{self, Control, Registry, hosts_toml};
 use tote_e2e::tools::Containerd;
 
@@ -29,10 +31,15 @@ fn every_image_is_pulled_whole_by_every_containerd() {
     let options = registry::Options { listen: "127.0.0.1:0".parse().unwrap(), name: None, storage: None };
     let registry = Registry::start(&options).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
+    let padded = || {
+        let layer = busybox("padded", Compression::Zstd).unwrap().padded(8 << 20, "padded");
+        Build::new().layer(layer).write(&Layout::temporary().unwrap()).unwrap()
+    };
     let images: Vec<(Image, String)> = PRESETS
         .iter()
-        .map(|name| {
-            let image = preset(name, &Layout::temporary().unwrap(), "pulled").unwrap();
+        .map(|name| (*name, preset(name, &Layout::temporary().unwrap(), "pulled").unwrap()))
+        .chain([("padded", padded())])
+        .map(|(name, image)| {
             let reference = runtime.block_on(registry.upstream().push(&image, name, None)).unwrap();
             (image, reference)
         })

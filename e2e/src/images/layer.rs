@@ -1,6 +1,7 @@
 //! One layer: a list of file system entries, and the tar it becomes. Knows nothing of images.
 
 use super::digest;
+use super::padding::Padding;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use rand_xoshiro::Xoshiro256PlusPlus;
@@ -71,12 +72,7 @@ impl Entry {
 
     /// A regular file of so many random bytes.
     pub fn random(path: &str, bytes: u64, seed: &str) -> Self {
-        let mut key = [0; 32];
-        let seed = digest(format!("{seed}/{path}").as_bytes());
-        for (to, from) in key.iter_mut().zip(seed.trim_start_matches("sha256:").bytes()) {
-            *to = from;
-        }
-        Self::new(path, Kind::Random { bytes, seed: key }, 0o644)
+        Self::new(path, Kind::Random { bytes, seed: key(&format!("{seed}/{path}")) }, 0o644)
     }
 
     /// A directory, mode 0755.
@@ -184,7 +180,24 @@ impl Entry {
     }
 }
 
-struct Random(Xoshiro256PlusPlus);
+/// 32 bytes that differ between seeds.
+fn key(seed: &str) -> [u8; 32] {
+    let mut key = [0; 32];
+    for (to, from) in key.iter_mut().zip(digest(seed.as_bytes()).trim_start_matches("sha256:").bytes()) {
+        *to = from;
+    }
+    key
+}
+
+/// Bytes that do not compress, without end.
+pub(super) struct Random(Xoshiro256PlusPlus);
+
+impl Random {
+    /// A function of the seed.
+    pub(super) fn of(seed: &str) -> Self {
+        Self(Xoshiro256PlusPlus::from_seed(key(seed)))
+    }
+}
 
 impl Read for Random {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
@@ -198,12 +211,20 @@ impl Read for Random {
 pub struct Layer {
     pub(super) compression: Compression,
     entries: Vec<Entry>,
+    pub(super) padding: Option<Padding>,
 }
 
 impl Layer {
     /// A layer of no entries.
     pub fn new(compression: Compression) -> Self {
-        Self { compression, entries: Vec::new() }
+        Self { compression, entries: Vec::new(), padding: None }
+    }
+
+    /// Makes the blob larger by a frame of so many random bytes, which whoever unpacks it skips. Takes a zstd layer.
+    #[must_use]
+    pub fn padded(mut self, bytes: u64, seed: &str) -> Self {
+        self.padding = Some(Padding { bytes, seed: seed.to_owned() });
+        self
     }
 
     /// Adds an entry; the tar keeps the order.

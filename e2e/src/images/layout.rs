@@ -1,8 +1,9 @@
 //! The blobs of images on disk, as an OCI image layout, and the archive made of one.
 
 use super::layer::MTIME;
+use super::padding::{Padding, skip};
 use super::{Compression, Descriptor, Layer, OCI_INDEX, PlatformImage, digest, named};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -67,7 +68,11 @@ impl Layout {
     pub(super) fn put_layer(&self, media_type: &str, layer: &Layer) -> Result<(Descriptor, String)> {
         let mut blob = self.writer(media_type, layer.compression, layer.incompressible())?;
         layer.write_tar(&mut blob)?;
-        blob.finish()
+        ensure!(
+            layer.padding.is_none() || layer.compression == Compression::Zstd,
+            "only a zstd layer can be padded"
+        );
+        blob.finish_padded(layer.padding.as_ref())
     }
 
     /// Starts a layer blob that the caller writes an uncompressed tar into.
@@ -96,8 +101,7 @@ impl Layout {
         let mut file = File::open(from).with_context(|| format!("opening {}", from.display()))?;
         io::copy(&mut file, &mut out)?;
         if layer.media_type.ends_with("zstd") {
-            out.write_all(&0x184D_2A50_u32.to_le_bytes())?;
-            out.write_all(&u32::try_from(seed.len())?.to_le_bytes())?;
+            skip(&mut out, u32::try_from(seed.len())?)?;
             out.write_all(seed.as_bytes())?;
         } else {
             let member =
@@ -194,13 +198,21 @@ pub(super) struct LayerWriter {
 impl LayerWriter {
     /// Closes the blob. Returns its descriptor and its diffID.
     pub(super) fn finish(self) -> Result<(Descriptor, String)> {
+        self.finish_padded(None)
+    }
+
+    /// The same, with padding behind the tar.
+    fn finish_padded(self, padding: Option<&Padding>) -> Result<(Descriptor, String)> {
         let diff_id = named(&self.tar.hash.finalize());
-        let (file, digest, size) = match self.tar.inner {
+        let mut out = match self.tar.inner {
             Packed::None(out) => out,
             Packed::Gzip(encoder) => encoder.finish()?,
             Packed::Zstd(encoder) => encoder.finish()?,
+        };
+        if let Some(padding) = padding {
+            padding.write(&mut out)?;
         }
-        .sealed()?;
+        let (file, digest, size) = out.sealed()?;
         self.layout.keep(file, &digest)?;
         Ok((descriptor(&self.media_type, digest, size), diff_id))
     }

@@ -89,7 +89,7 @@ async fn main() -> Result<()> {
     if let (Some(name), Some(socket), Some(authority)) =
         (&arguments.agent, &arguments.socket, &arguments.authority)
     {
-        return transfer::node::be(name, socket, authority, arguments.upload.as_deref()).await;
+        return transfer::agent::be(name, socket, authority, arguments.upload.as_deref()).await;
     }
     Cluster::down(CLUSTER)?;
     let mut terminate = signal(SignalKind::terminate())?;

@@ -1,14 +1,18 @@
-//! The ceiling: the same blobs from local files into the same containerd, through its content API.
+//! The ceiling: the same blobs from local files into the same containerd, through its content API; and what the disk takes by
+//! itself.
 
+use std::fs;
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use tokio_util::io::ReaderStream;
-use tote_agent::containerd::{Client, Containerd as _, Held, Ingest, Lease};
+use tote_agent::containerd::{Client, Containerd as _, Ingest, Lease};
 use tote_e2e::daemon::Daemon;
+use tote_e2e::host;
 use tote_e2e::images::Image;
-use tote_image::{Descriptor, chain_ids, diff_ids};
+use tote_image::Descriptor;
 
 /// Bytes of one write.
 const PIECE: usize = 1 << 20;
@@ -16,15 +20,11 @@ const PIECE: usize = 1 << 20;
 /// How many blobs at once, as an agent does.
 const AT_ONCE: usize = 3;
 
-fn lease(id: &str) -> Lease {
-    Lease { id: id.to_owned(), transfer: id.to_owned() }
-}
-
 /// Ingests the image's blobs; returns how long that took.
 pub async fn ingest(daemon: &Daemon, image: &Image) -> Result<Duration> {
     let client = Client::new(&daemon.socket());
     client.facts().await?;
-    let lease = lease("ceiling");
+    let lease = Lease { id: "ceiling".to_owned(), transfer: "ceiling".to_owned() };
     let begun = Instant::now();
     client.create_lease(&lease, SystemTime::now() + Duration::from_secs(3600)).await?;
     let writes = super::blobs(image)?.into_iter().map(|(digest, size)| {
@@ -51,14 +51,18 @@ pub async fn ingest(daemon: &Daemon, image: &Image) -> Result<Duration> {
     Ok(took)
 }
 
-/// Keeps the image's snapshots from now on, whatever becomes of it.
-pub async fn keep_snapshots(daemon: &Daemon, image: &Image) -> Result<()> {
-    let client = Client::new(&daemon.socket());
-    let snapshotter = daemon.snapshotter().to_string();
-    let config = std::fs::read(image.layout.blob(&image.host()?.config.digest))?;
-    let (_, ids) = diff_ids(&config)?;
-    let chain = chain_ids(&ids).pop().context("no layers")?;
-    let lease = lease("kept");
-    client.create_lease(&lease, SystemTime::now() + Duration::from_secs(24 * 3600)).await?;
-    Ok(client.hold(&lease.id, Held::Snapshot { snapshotter: &snapshotter, chain: &chain }).await?)
+/// Writes the image's layers with `dd`, one after the other, each on the disk before the next; returns how long that took.
+pub fn dd(daemon: &Daemon, image: &Image) -> Result<Duration> {
+    let directory = daemon.root().join("dd");
+    fs::create_dir(&directory)?;
+    let begun = Instant::now();
+    for layer in &image.host()?.layers {
+        let from = image.layout.blob(&layer.digest);
+        let to = directory.join(from.file_name().unwrap_or_default());
+        let (from, to) = (format!("if={}", from.display()), format!("of={}", to.display()));
+        host::run(Command::new("dd").args([&from, &to]).args(["bs=1M", "conv=fsync", "status=none"]))?;
+    }
+    let took = begun.elapsed();
+    fs::remove_dir_all(&directory)?;
+    Ok(took)
 }

@@ -6,11 +6,12 @@ use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
 use tote_controller::salvage::{Agent, Demand, Limits, Source, Turn, schedule};
 use tote_e2e::cri;
+use tote_e2e::images::Image;
 use tote_image::Platform;
 
 use super::node::{From, Node, ended};
 use super::table::Figure;
-use super::{Bench, FEW, MIB, ceiling};
+use super::{Bench, MIB, PAIRS, said, timed};
 
 /// The chart's defaults.
 const LIMITS: Limits = Limits { cluster: 64, target: 2, source: 4 };
@@ -23,22 +24,41 @@ const TARGETS: [&str; 5] = ["a", "b", "c", "d", "e"];
 
 impl Bench {
     /// One source that gives 100 MB a second, and five targets at once: until the last is done, against one alone. The six share
-    /// this machine's cores, which unpacking five times may take up; so once more without it.
+    /// this machine's cores, which unpacking five times may take up; so once more with next to nothing to unpack.
     pub(super) async fn fan_out(&self) -> Result<Vec<Figure>> {
-        let image = self.random("fan out", &LAYERS)?;
-        let (reference, digest) = (self.upstream.push(&image, "fanout").await?, image.digest());
+        said("two images of 300 MiB are made");
+        let (random, padded) = (self.random("fan out", &LAYERS)?, self.padded("fan out", &LAYERS)?);
         let source = self.node("source", Some("100M"))?;
-        cri::pull(&source.daemon.socket(), &reference).await?;
         let targets = TARGETS.iter().map(|name| self.node(name, None)).collect::<Result<Vec<_>>>()?;
+        let with = self.fan_out_of(&random, &source, &targets, "five, one").await?;
+        let without = self.fan_out_of(&padded, &source, &targets, "nothing to unpack: five, one").await?;
+        let alone = "one of the five alone";
+        let moved = "the same; both with next to nothing to unpack";
+        Ok(vec![
+            Figure::of_pairs("fanout_5", "s", Some(2.0), alone, &with),
+            Figure::of_pairs("fanout_5_moved", "s", Some(2.0), moved, &without),
+        ])
+    }
+
+    async fn fan_out_of(
+        &self,
+        image: &Image,
+        source: &Node,
+        targets: &[Node],
+        what: &str,
+    ) -> Result<Vec<[f64; 2]>> {
+        let (reference, digest) = (self.push(image, "fanout").await?, image.digest());
+        cri::pull(&source.daemon.socket(), &reference).await?;
         let node = |name: &str| {
-            let found = targets.iter().chain([&source]).find(|node| node.name == name);
+            let found = targets.iter().chain([source]).find(|node| node.name == name);
             found.with_context(|| format!("there is no node {name}"))
         };
-        let lists = schedule(&demands(&source, &targets, digest)?, &[], LIMITS);
+        let lists = schedule(&demands(source, targets, digest)?, &[], LIMITS);
         let served = || source.counter("tote_agent_served_bytes_total ");
         let size = image.needed_bytes()?;
-        let pair = async || {
-            let alone = targets[0].import(&self.id(), &[&source], &reference, digest).await?;
+        let mut pairs = Vec::new();
+        for round in 1..=PAIRS {
+            let alone = targets[0].import(&self.id(), &[source], &reference, digest).await?;
             targets[0].empty()?;
             let (before, begun) = (served()?, Instant::now());
             let imports = targets.iter().zip(&lists).map(|(target, turn)| {
@@ -61,28 +81,10 @@ impl Bench {
             let last = times.iter().max().copied().unwrap_or(Duration::MAX);
             let gave = served()? - before;
             ensure!(gave < size + size / 4, "the source gave {} MiB of {}", gave / MIB, size / MIB);
-            anyhow::Ok((last.as_secs_f64(), alone.took.as_secs_f64()))
-        };
-        let (mut with, mut without) = (Vec::new(), Vec::new());
-        for _ in 0..FEW {
-            with.push(pair().await?);
-            if with.len() == FEW {
-                for target in &targets {
-                    ceiling::keep_snapshots(&target.daemon, &image).await?;
-                }
-            }
             targets.iter().try_for_each(Node::empty)?;
+            pairs.push(timed(what, round, [last, alone.took]));
         }
-        // Snapshots that stand need no unpacking.
-        for _ in 0..FEW {
-            without.push(pair().await?);
-            targets.iter().try_for_each(Node::empty)?;
-        }
-        let alone = "one of the five alone";
-        Ok(vec![
-            Figure::of_pairs("fanout_5", "s", 2.0, alone, &with),
-            Figure::of_pairs("fanout_5_moved", "s", 2.0, "the same; both without unpacking", &without),
-        ])
+        Ok(pairs)
     }
 }
 

@@ -1,26 +1,31 @@
 //! How fast an image goes from node to node, against what the same containerd does by itself in the same run: see `goals` of
 //! each figure. Real containerds, real agents in processes of their own, mutual TLS.
 
+pub mod agent;
+mod bytes;
 mod ceiling;
 mod fanout;
+mod large;
 mod memory;
-pub mod node;
+mod node;
+mod settings;
 mod table;
 mod upstream;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use tokio::task::block_in_place;
 use tote_e2e::cri;
+use tote_e2e::daemon::Options;
 use tote_e2e::images::{Build, Compression, Entry, Image, Layer, Layout, preset};
+use tote_e2e::tools::Containerd;
 use tote_rpc::identity::{Authority, Identity};
-use tote_rpc::v1::import_event::Event;
 
-use self::node::{Node, ended};
+use self::node::Node;
 use self::table::Figure;
 use self::upstream::Upstream;
 use crate::identities::controller;
@@ -28,13 +33,7 @@ use crate::identities::controller;
 /// Pairs of a figure and its reference, one after the other.
 const PAIRS: usize = 7;
 
-/// The same for what takes long.
-const FEW: usize = 3;
-
 const MIB: u64 = 1 << 20;
-
-/// MiB of the layers of the large image.
-const LARGE: [u64; 3] = [170; 3];
 
 struct Bench {
     directory: tempfile::TempDir,
@@ -43,12 +42,14 @@ struct Bench {
     layout: Layout,
     /// One for each import.
     ids: AtomicU32,
+    /// What the first node's containerd runs with; the others are like it.
+    settings: OnceLock<String>,
 }
 
 /// Figures that are measured together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Group {
-    /// 510 MiB in three layers.
+    /// 510 MiB in three layers, on disk and in memory.
     Large,
     /// A Debian with nginx.
     Real,
@@ -68,7 +69,9 @@ pub enum Group {
 
 /// These figures, or all if none are named; prints each as it is known.
 pub async fn measure(wanted: &[Group]) -> Result<()> {
-    println!("\ntransfers between two nodes of this machine, containerd 2, overlayfs, mutual TLS");
+    println!(
+        "\ntransfers between nodes of this machine, mutual TLS; {PAIRS} pairs, a figure's median and its bounds"
+    );
     let bench = Bench::new()?;
     let mut figures = Vec::new();
     let mut told = |more: Vec<Figure>| {
@@ -80,7 +83,7 @@ pub async fn measure(wanted: &[Group]) -> Result<()> {
             continue;
         }
         told(match group {
-            Group::Large => bench.large().await?,
+            Group::Large => Box::pin(bench.large()).await?,
             Group::Real => bench.real().await?,
             Group::Small => bench.small().await?,
             Group::Bytes => Box::pin(bench.bytes()).await?,
@@ -101,13 +104,36 @@ impl Bench {
         std::fs::write(directory.path().join("ca.key"), authority.key_pem())?;
         let controller = controller(&authority)?;
         let upstream = Upstream::start()?;
-        Ok(Self { directory, controller, upstream, layout: Layout::temporary()?, ids: AtomicU32::new(0) })
+        let (ids, settings) = (AtomicU32::new(0), OnceLock::new());
+        Ok(Self { directory, controller, upstream, layout: Layout::temporary()?, ids, settings })
     }
 
+    /// A node with a containerd 2 on disk.
     fn node(&self, name: &str, upload: Option<&str>) -> Result<Node> {
-        let node = block_in_place(|| Node::start(name, self.directory.path(), &self.controller, upload))?;
+        self.node_with(name, Options::new(Containerd::V2), upload)
+    }
+
+    fn node_with(&self, name: &str, options: Options, upload: Option<&str>) -> Result<Node> {
+        let start = || Node::start(name, options, self.directory.path(), &self.controller, upload);
+        let node = block_in_place(start)?;
         self.upstream.trust(&node.daemon)?;
+        if self.settings.get().is_none() {
+            let settings = block_in_place(|| settings::of(&node.daemon))?;
+            println!("{}", self.settings.get_or_init(|| settings));
+        }
         Ok(node)
+    }
+
+    /// What a pull is called in the table.
+    fn pulled(&self) -> String {
+        let settings = self.settings.get().map_or("", String::as_str);
+        format!("CRI PullImage, docker-registry on this machine; {settings}")
+    }
+
+    /// Pushes an image; returns its reference by digest.
+    async fn push(&self, image: &Image, repository: &str) -> Result<String> {
+        said(&format!("{repository}: {} MiB are pushed", image.needed_bytes()? / MIB));
+        self.upstream.push(image, repository).await
     }
 
     fn id(&self) -> String {
@@ -116,51 +142,24 @@ impl Bench {
 
     /// Random bytes, so many MiB a layer.
     fn random(&self, seed: &str, layers: &[u64]) -> Result<Image> {
-        let mut build = Build::new();
-        for (at, mebibytes) in layers.iter().enumerate() {
-            let random = Entry::random(&format!("payload/{at}"), mebibytes * MIB, &format!("{seed} {at}"));
-            build = build.layer(Layer::new(Compression::Gzip).with(random));
-        }
-        build.write(&self.layout)
+        self.image(layers, |at, bytes| {
+            let random = Entry::random(&format!("payload/{at}"), bytes, &format!("{seed} {at}"));
+            Layer::new(Compression::Gzip).with(random)
+        })
     }
 
-    /// 510 MiB in 3 layers: without unpacking against the ceiling, with it against a pull.
-    async fn large(&self) -> Result<Vec<Figure>> {
-        let image = self.random("large", &LARGE)?;
-        let reference = self.upstream.push(&image, "large").await?;
-        let (source, target) = (self.node("source", None)?, self.node("target", None)?);
-        cri::pull(&source.daemon.socket(), &reference).await?;
-        let mut with = Vec::new();
-        for _ in 0..PAIRS {
-            let ours = target.import(&self.id(), &[&source], &reference, image.digest()).await?;
-            target.empty()?;
-            let theirs = self.pull(&target, &reference).await?;
-            target.empty()?;
-            with.push((ours.took.as_secs_f64(), theirs.as_secs_f64()));
-        }
-        // Snapshots that stand need no unpacking.
-        target.import(&self.id(), &[&source], &reference, image.digest()).await?;
-        ceiling::keep_snapshots(&target.daemon, &image).await?;
-        target.empty()?;
-        let mut without = Vec::new();
-        for _ in 0..PAIRS {
-            let ours = target.import(&self.id(), &[&source], &reference, image.digest()).await?;
-            target.empty()?;
-            let theirs = ceiling::ingest(&target.daemon, &image).await?;
-            target.empty()?;
-            without.push((ours.took.as_secs_f64(), theirs.as_secs_f64()));
-        }
-        let ceiling = "the same files into the same content API";
-        Ok(vec![
-            Figure::of_pairs("transfer_vs_ceiling", "s", 1.15, ceiling, &without),
-            Figure::of_pairs(
-                "salvage_vs_pull",
-                "s",
-                0.8,
-                "CRI PullImage, docker-registry on this machine",
-                &with,
-            ),
-        ])
+    /// The same to move, and next to nothing to unpack.
+    fn padded(&self, seed: &str, layers: &[u64]) -> Result<Image> {
+        self.image(layers, |at, bytes| {
+            let seed = format!("padded {seed} {at}");
+            let small = Entry::file(&format!("payload/{at}"), seed.clone());
+            Layer::new(Compression::Zstd).with(small).padded(bytes, &seed)
+        })
+    }
+
+    fn image(&self, layers: &[u64], layer: impl Fn(usize, u64) -> Layer) -> Result<Image> {
+        let layers = layers.iter().enumerate().map(|(at, mebibytes)| layer(at, mebibytes * MIB));
+        block_in_place(|| layers.fold(Build::new(), Build::layer).write(&self.layout))
     }
 
     async fn pull(&self, target: &Node, reference: &str) -> Result<Duration> {
@@ -171,26 +170,26 @@ impl Bench {
 
     /// A Debian with nginx, gzip.
     async fn real(&self) -> Result<Vec<Figure>> {
+        said("a Debian is made");
         let image = block_in_place(|| preset("debian-gzip", &self.layout, "bench"))?;
-        let reference = self.upstream.push(&image, "real").await?;
+        let reference = self.push(&image, "real").await?;
         let (source, target) = (self.node("source", None)?, self.node("target", None)?);
         cri::pull(&source.daemon.socket(), &reference).await?;
         let mut pairs = Vec::new();
-        for _ in 0..PAIRS {
+        for round in 1..=PAIRS {
             let ours = target.import(&self.id(), &[&source], &reference, image.digest()).await?;
             target.empty()?;
             let theirs = self.pull(&target, &reference).await?;
             target.empty()?;
-            pairs.push((ours.took.as_secs_f64(), theirs.as_secs_f64()));
+            pairs.push(timed("salvaged, pulled", round, [ours.took, theirs]));
         }
-        let reference = "CRI PullImage, docker-registry on this machine";
-        Ok(vec![Figure::of_pairs("salvage_vs_pull_real", "s", 0.9, reference, &pairs)])
+        Ok(vec![Figure::of_pairs("salvage_vs_pull_real", "s", Some(0.9), &self.pulled(), &pairs)])
     }
 
     /// 5 MB, from the call to its end.
     async fn small(&self) -> Result<Vec<Figure>> {
         let image = block_in_place(|| preset("tiny", &self.layout, "bench"))?;
-        let reference = self.upstream.push(&image, "small").await?;
+        let reference = self.push(&image, "small").await?;
         let (source, target) = (self.node("source", None)?, self.node("target", None)?);
         cri::pull(&source.daemon.socket(), &reference).await?;
         let mut times = Vec::new();
@@ -202,74 +201,17 @@ impl Bench {
         Ok(vec![Figure::alone("small_image_ms", "ms", 150.0, &times)])
     }
 
-    /// What is moved of what is missing.
-    #[allow(clippy::cast_precision_loss)]
-    async fn bytes(&self) -> Result<Vec<Figure>> {
-        let (first, second) = (self.random("bytes", &[40, 40, 40])?, self.random("bytes", &[40, 40, 41])?);
-        let references =
-            [self.upstream.push(&first, "bytes").await?, self.upstream.push(&second, "bytes").await?];
-        let (source, mut target) = (self.node("source", None)?, self.node("target", None)?);
-        for reference in &references {
-            cri::pull(&source.daemon.socket(), reference).await?;
-        }
-        let served = || source.counter("tote_agent_served_bytes_total ");
-        target.import(&self.id(), &[&source], &references[0], first.digest()).await?;
-        let before = served()?;
-        target.import(&self.id(), &[&source], &references[1], second.digest()).await?;
-        let there: Vec<String> = first.needed()?.into_iter().map(|blob| blob.digest).collect();
-        let missing = second.needed()?.into_iter().filter(|blob| !there.contains(&blob.digest));
-        let missing: u64 = missing.map(|blob| blob.size).sum();
-        let again = (served()? - before) as f64 / missing as f64;
-
-        target.empty()?;
-        let before = served()?;
-        let from = [&source];
-        let (one, two) = tokio::join!(
-            target.import("one", &from, &references[0], first.digest()),
-            target.import("two", &from, &references[0], first.digest()),
-        );
-        one.and(two)?;
-        let size = first.needed_bytes()?;
-        let both = (served()? - before) as f64 / size as f64;
-
-        target.empty()?;
-        let image = self.random("large", &LARGE)?;
-        let reference = self.upstream.push(&image, "large").await?;
-        cri::pull(&source.daemon.socket(), &reference).await?;
-        let (size, before) = (image.needed_bytes()?, served()?);
-        let mut events = target.begin("resumed", &[&source], &reference, image.digest()).await?;
-        loop {
-            let event = events.message().await?.and_then(|event| event.event);
-            let Some(Event::Progress(progress)) = event else {
-                anyhow::bail!("it ended before it was half done: {event:?}")
-            };
-            if progress.transferred_bytes * 2 > i64::try_from(size)? {
-                break;
-            }
-        }
-        block_in_place(|| target.kill_agent());
-        block_in_place(|| target.start_agent())?;
-        let mut events = target.begin("resumed", &[&source], &reference, image.digest()).await?;
-        ended(&mut events).await?;
-        let resumed = (served()? - before) as f64 / size as f64;
-        Ok(vec![
-            Figure::alone("second_image_bytes", "x", 1.01, &[again]),
-            Figure::alone("two_at_once_bytes", "x", 1.01, &[both]),
-            Figure::alone("resume_bytes", "x", 1.10, &[resumed]),
-        ])
-    }
-
     /// Each source gives 100 MB a second.
     async fn two_sources(&self) -> Result<Vec<Figure>> {
         let image = self.random("sources", &[100; 3])?;
-        let reference = self.upstream.push(&image, "sources").await?;
+        let reference = self.push(&image, "sources").await?;
         let sources = [self.node("source", Some("100M"))?, self.node("other", Some("100M"))?];
         let target = self.node("target", None)?;
         for source in &sources {
             cri::pull(&source.daemon.socket(), &reference).await?;
         }
         let mut pairs = Vec::new();
-        for _ in 0..FEW {
+        for round in 1..=PAIRS {
             let both =
                 target.import(&self.id(), &[&sources[0], &sources[1]], &reference, image.digest()).await?;
             ensure!(both.done.source_nodes.len() == 2, "only {:?} gave", both.done.source_nodes);
@@ -277,10 +219,22 @@ impl Bench {
             let one = target.import(&self.id(), &[&sources[0]], &reference, image.digest()).await?;
             target.empty()?;
             // How much faster: the inverse of the times.
-            pairs.push((1.0 / both.took.as_secs_f64(), 1.0 / one.took.as_secs_f64()));
+            pairs.push(timed("from both, from one", round, [both.took, one.took]).map(f64::recip));
         }
-        Ok(vec![Figure::of_pairs("two_sources_vs_one", "1/s", 1.8, "one of them", &pairs).at_least()])
+        Ok(vec![Figure::of_pairs("two_sources_vs_one", "1/s", Some(1.8), "one of them", &pairs).at_least()])
     }
+}
+
+/// Says to whoever waits what is going on.
+fn said(what: &str) {
+    eprintln!("  {what}");
+}
+
+/// Says how long each of a round took; returns it in seconds.
+fn timed<const N: usize>(what: &str, round: usize, took: [Duration; N]) -> [f64; N] {
+    let seconds = took.map(|took| took.as_secs_f64());
+    said(&format!("{what}, {round} of {PAIRS}: {}", seconds.map(|each| format!("{each:.2} s")).join(", ")));
+    seconds
 }
 
 /// The layers, config and manifest that a node needs, as `(digest, size)`.

@@ -9,22 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use futures::{StreamExt as _, stream};
-use tokio::net::TcpListener;
 use tokio::task::block_in_place;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Streaming;
-use tote_agent::agent::{Settings, run};
-use tote_agent::containerd::Client;
-use tote_agent::import::{Lifetimes, Patience};
 use tote_e2e::daemon::{Daemon, Options};
 use tote_e2e::host;
-use tote_e2e::tools::Containerd;
 use tote_rpc::AgentClient;
-use tote_rpc::identity::{Authority, Identity, Role};
+use tote_rpc::identity::Identity;
 use tote_rpc::v1::{self, import_event::Event, session_request::Message, session_response::Message as Said};
-
-use crate::identities::certified;
 
 /// A node of a benchmark.
 pub struct Node {
@@ -66,14 +58,15 @@ pub struct Imported {
 }
 
 impl Node {
-    /// A containerd 2, and an agent that gives `upload` bytes a second at most.
+    /// A containerd, and an agent that gives `upload` bytes a second at most.
     pub fn start(
         name: &str,
+        options: Options,
         authority: &Path,
         controller: &Arc<Identity>,
         upload: Option<&str>,
     ) -> Result<Self> {
-        let daemon = Daemon::start(Options::new(Containerd::V2))?;
+        let daemon = Daemon::start(options)?;
         let mut node = Self {
             daemon,
             name: name.to_owned(),
@@ -239,6 +232,9 @@ impl Node {
             self.daemon.ctr(&["leases", "delete", "--sync", "collect"])?;
             let left = self.daemon.ctr(&["content", "ls", "-q"])?;
             ensure!(left.trim().is_empty(), "blobs are left: {left}");
+            let snapshotter = self.daemon.snapshotter().to_string();
+            let left = self.daemon.ctr(&["snapshots", "--snapshotter", &snapshotter, "ls"])?;
+            ensure!(left.lines().count() <= 1, "snapshots are left: {left}");
             Ok(())
         })
     }
@@ -258,32 +254,4 @@ pub async fn ended(events: &mut Streaming<v1::ImportEvent>) -> Result<v1::Done> 
             None => return Err(anyhow!("the import has no end")),
         }
     }
-}
-
-/// The other process: an agent, which prints where it is and ends with its standard input.
-pub async fn be(name: &str, socket: &Path, authority: &Path, upload: Option<&str>) -> Result<()> {
-    let read = |name: &str| std::fs::read_to_string(PathBuf::from(authority).join(name));
-    let authority = Authority::from_pem(&read("ca.crt")?, &read("ca.key")?)?;
-    let (control, health) =
-        (TcpListener::bind("127.0.0.1:0").await?, TcpListener::bind("127.0.0.1:0").await?);
-    let address = control.local_addr()?;
-    let settings = Settings {
-        node_name: name.to_owned(),
-        max_bandwidth: None,
-        max_upload: upload.map(str::parse).transpose()?,
-        patience: Patience::default(),
-        lifetimes: Lifetimes::default(),
-        identity: certified(&authority, &Role::Node(name.into()), Some(address.ip()))?,
-        mounts: None,
-        records: None,
-    };
-    println!("{address} {}", health.local_addr()?);
-    let containerd = Arc::new(Client::new(socket).with_files());
-    let stop = CancellationToken::new();
-    let ending = stop.clone();
-    std::thread::spawn(move || {
-        let _ = std::io::stdin().read_to_end(&mut Vec::new());
-        ending.cancel();
-    });
-    Ok(run(containerd, settings, control, Some(health), stop).await?)
 }

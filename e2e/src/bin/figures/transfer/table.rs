@@ -13,8 +13,8 @@ pub struct Figure {
     pub value: f64,
     /// Its unit.
     pub unit: &'static str,
-    /// What it, or its ratio, is to be at most, or with `at_least` at least.
-    pub goal: f64,
+    /// What it, or its ratio, is to be at most, or with `at_least` at least; none if it only stands beside others.
+    pub goal: Option<f64>,
     /// Whether more is better.
     pub at_least: bool,
     /// What it is compared with; empty if it stands for itself.
@@ -36,7 +36,7 @@ impl Figure {
             name,
             value,
             unit,
-            goal,
+            goal: Some(goal),
             at_least: false,
             reference: String::new(),
             reference_value: None,
@@ -49,20 +49,20 @@ impl Figure {
     pub fn of_pairs(
         name: &'static str,
         unit: &'static str,
-        goal: f64,
+        goal: Option<f64>,
         reference: &str,
-        pairs: &[(f64, f64)],
+        pairs: &[[f64; 2]],
     ) -> Self {
-        let ratios: Vec<f64> = pairs.iter().map(|(value, reference)| value / reference).collect();
-        let of = |which: fn(&(f64, f64)) -> f64| median(&pairs.iter().map(which).collect::<Vec<_>>());
+        let ratios: Vec<f64> = pairs.iter().map(|[value, reference]| value / reference).collect();
+        let of = |which: fn(&[f64; 2]) -> f64| median(&pairs.iter().map(which).collect::<Vec<_>>());
         Self {
             name,
-            value: of(|pair| pair.0),
+            value: of(|pair| pair[0]),
             unit,
             goal,
             at_least: false,
             reference: reference.to_owned(),
-            reference_value: Some(of(|pair| pair.1)),
+            reference_value: Some(of(|pair| pair[1])),
             ratio: Some(median(&ratios)),
             spread: spread(&ratios),
         }
@@ -74,10 +74,12 @@ impl Figure {
         Self { at_least: true, ..self }
     }
 
-    /// Whether the goal is met.
-    pub fn is_met(&self) -> bool {
+    /// The goal, and whether it is met.
+    fn verdict(&self) -> String {
+        let Some(goal) = self.goal else { return String::new() };
         let judged = self.ratio.unwrap_or(self.value);
-        if self.at_least { judged >= self.goal } else { judged <= self.goal }
+        let (sign, is_met) = if self.at_least { (">=", judged >= goal) } else { ("<=", judged <= goal) };
+        format!("goal {sign} {goal}: {}; ", if is_met { "met" } else { "MISSED" })
     }
 }
 
@@ -94,16 +96,17 @@ fn spread(values: &[f64]) -> [f64; 2] {
 
 /// Prints one figure as a line of a table.
 pub fn print(figure: &Figure) {
-    let Figure { name, value, unit, goal, reference, reference_value, ratio, spread, .. } = figure;
+    let Figure { name, value, unit, reference, reference_value, ratio, spread, .. } = figure;
     let compared = match (reference_value, ratio) {
         (Some(of), Some(ratio)) => format!("{ratio:6.2} of {of:.3} {unit} ({reference})"),
         _ => String::new(),
     };
-    let (sign, mark) =
-        (if figure.at_least { ">=" } else { "<=" }, if figure.is_met() { "met" } else { "MISSED" });
     println!(
-        "{name:<24} {value:10.3} {unit:<4} {compared}\n{:24} goal {sign} {goal}: {mark}; {:.2} to {:.2}",
-        "", spread[0], spread[1]
+        "{name:<25} {value:10.3} {unit:<4} {compared}\n{:25} {}{:.2} to {:.2}",
+        "",
+        figure.verdict(),
+        spread[0],
+        spread[1]
     );
 }
 
