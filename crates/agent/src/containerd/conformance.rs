@@ -7,7 +7,9 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use tote_image::{Descriptor, Digest};
 
-use super::{Change, Containerd, Error, Held, ImageRecord, Ingest, Labels, Layer, Lease, SNAPSHOT_LABEL};
+use super::{
+    BlobWriter, Change, Containerd, Error, Held, ImageRecord, Ingest, Labels, Layer, Lease, SNAPSHOT_LABEL,
+};
 use crate::testing::{Blobs, gzip, tar};
 
 const WAIT: Duration = Duration::from_secs(30);
@@ -103,14 +105,7 @@ async fn ingests(containerd: &dyn Containerd) {
     assert_eq!(containerd.blob(&blob.digest).await.expect("info"), None, "not visible before the commit");
     // Resumed, by another lease, which alone keeps it.
     let second = lease(containerd, "conformance-second").await;
-    let deadline = tokio::time::Instant::now() + WAIT;
-    let writer = loop {
-        match containerd.ingest(&second.id, &blob).await {
-            Ok(Ingest::Open(writer)) => break writer,
-            Ok(Ingest::Present) => panic!("it was not committed"),
-            Err(error) => assert!(tokio::time::Instant::now() < deadline, "resuming: {error}"),
-        }
-    };
+    let writer = open_free(containerd, &second.id, &blob).await;
     let at = usize::try_from(writer.offset()).unwrap();
     assert!(at <= 1_500_000, "resumed at {at}");
     drop(writer);
@@ -135,6 +130,7 @@ async fn ingests(containerd: &dyn Containerd) {
     assert!(containerd.blob(&blob.digest).await.expect("info").is_some());
     containerd.delete_lease(&second.id).await.expect("the second lease deleted");
     refused(containerd, &bytes).await;
+    another_size(containerd, &bytes).await;
     // A lease that ends takes the ingest along.
     let third = lease(containerd, "conformance-third").await;
     let Ingest::Open(mut writer) = containerd.ingest(&third.id, &blob).await.expect("an ingest") else {
@@ -144,6 +140,41 @@ async fn ingests(containerd: &dyn Containerd) {
     drop(writer);
     containerd.delete_lease(&third.id).await.expect("the third lease deleted");
     assert_eq!(containerd.ingests().await.expect("ingests"), [], "nothing holds the ingest");
+}
+
+/// What was begun as a blob of another size is not gone on with, nor does any of it stay: the first write truncates.
+async fn another_size(containerd: &dyn Containerd, bytes: &[u8]) {
+    let held = lease(containerd, "conformance-size").await;
+    let right = blob(&bytes[..1_000_000]);
+    for wrong in
+        [Descriptor { size: 5_000_000, ..right.clone() }, Descriptor { size: 500_000, ..right.clone() }]
+    {
+        let Ingest::Open(mut writer) = containerd.ingest(&held.id, &wrong).await.expect("an ingest") else {
+            panic!("the blob is not there")
+        };
+        let much = usize::try_from(wrong.size).unwrap().min(bytes.len());
+        writer.write(Bytes::copy_from_slice(&bytes[..much])).await.expect("a write");
+        drop(writer);
+        let opened = open_free(containerd, &held.id, &right).await;
+        assert_eq!(opened.offset(), 0, "begun as one of {} bytes", wrong.size);
+        drop(opened);
+    }
+    let mut writer = open_free(containerd, &held.id, &right).await;
+    writer.write(Bytes::copy_from_slice(&bytes[..1_000_000])).await.expect("a write");
+    writer.commit(Labels::new()).await.expect("a commit");
+    containerd.delete_lease(&held.id).await.expect("the lease deleted");
+}
+
+/// Opens an ingest whose writer has just been dropped.
+async fn open_free(containerd: &dyn Containerd, lease: &str, blob: &Descriptor) -> Box<dyn BlobWriter> {
+    let deadline = tokio::time::Instant::now() + WAIT;
+    loop {
+        match containerd.ingest(lease, blob).await {
+            Ok(Ingest::Open(writer)) => return writer,
+            Ok(Ingest::Present) => panic!("it was not committed"),
+            Err(error) => assert!(tokio::time::Instant::now() < deadline, "resuming: {error}"),
+        }
+    }
 }
 
 /// Bytes that are not what the descriptor said are refused, and can be forgotten.

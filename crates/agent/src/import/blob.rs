@@ -1,6 +1,7 @@
 //! Getting one blob onto the node: present already, or from the sources, several parts of it at once, resumed where it stopped.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use futures::TryStreamExt as _;
 use tote_image::Descriptor;
@@ -42,14 +43,15 @@ impl Partial {
 impl Run<'_> {
     /// Makes a blob present, verified, held by the lease and labelled.
     pub(super) async fn obtain(&self, blob: &Descriptor, labels: Labels) -> Result<(), Failure> {
-        let turn = self.context.flights.try_turn(&blob.digest);
+        let wanting = Arc::new(self.context.flights.want(&blob.digest, self.sources.clone()));
+        let turn = wanting.try_turn();
         if turn.is_none() {
             // Another transfer moves it. Should that be cancelled, what it has got stays for this one.
             self.containerd().hold(&self.lease.id, Held::Ingest(&blob.digest)).await?;
         }
         let _turn = match turn {
             Some(turn) => turn,
-            None => self.context.flights.turn(&blob.digest).await,
+            None => wanting.turn().await,
         };
         if self.is_present(blob, &labels).await? {
             return Ok(());
@@ -58,7 +60,7 @@ impl Run<'_> {
             return self.present(blob, &labels).await;
         };
         let context = self.context.clone();
-        let asked = Asked::new(context, self.wanted.reference.clone(), blob.clone(), self.sources.clone());
+        let asked = Asked::new(context, self.wanted.reference.clone(), blob.clone(), wanting);
         let mut evidence = Evidence::default();
         let outcome = self.obtain_from(&asked, blob, labels, partial, &mut evidence).await;
         if outcome.is_ok() {

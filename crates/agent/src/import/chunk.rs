@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tote_image::{Descriptor, Digest, Reference};
 
 use super::fetch::{self, FetchError, Kind, Span};
+use super::flights::Wanting;
 use super::request::Source;
 use super::run::Context;
 
@@ -119,7 +120,7 @@ pub(super) struct Asked {
     context: Arc<Context>,
     reference: Reference,
     blob: Descriptor,
-    sources: watch::Receiver<Vec<Source>>,
+    wanting: Arc<Wanting>,
     tried: Arc<Mutex<Tried>>,
 }
 
@@ -154,9 +155,9 @@ impl Asked {
         context: Arc<Context>,
         reference: Reference,
         blob: Descriptor,
-        sources: watch::Receiver<Vec<Source>>,
+        wanting: Arc<Wanting>,
     ) -> Self {
-        Self { context, reference, blob, sources, tried: Arc::default() }
+        Self { context, reference, blob, wanting, tried: Arc::default() }
     }
 
     pub(super) fn tried(&self) -> MutexGuard<'_, Tried> {
@@ -170,7 +171,7 @@ impl Asked {
 
     /// A source to be asked alone that was not before: one that has not failed, if there is one.
     pub(super) fn alone(&self, before: &mut Vec<Source>) -> Option<Source> {
-        let sources = self.sources.borrow().clone();
+        let sources = self.wanting.sources();
         let tried = self.tried();
         let may = |source: &&Source| !tried.is_banned(source) && !before.contains(source);
         let chosen = sources.iter().filter(may).min_by_key(|source| tried.out.contains(source)).cloned();
@@ -206,7 +207,7 @@ impl Asked {
         pieces: mpsc::Sender<Piece>,
     ) -> bool {
         while length > 0 {
-            let sources = only.clone().map_or_else(|| self.sources.borrow().clone(), |only| vec![only]);
+            let sources = only.clone().map_or_else(|| self.wanting.sources(), |only| vec![only]);
             let left = self.tried().left(&sources);
             let Some(seat) = self.context.traffic.seat(&left).await else {
                 let patience = self.context.patience;

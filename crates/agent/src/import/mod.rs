@@ -199,12 +199,22 @@ impl Imports {
             transfers.values().filter(|transfer| transfer.alone_for() > abandoned).cloned().collect()
         };
         for transfer in alone {
-            if !transfer.has_ended() {
-                tracing::info!(transfer = transfer.id().as_str(), "nobody is attached; ending the transfer");
-                transfer.cancel("abandoned: nobody was attached to it");
-            } else if transfer.is_kept() {
-                transfer::clean(self.context.containerd.as_ref(), transfer.id().as_str()).await?;
-                transfer.forget_kept();
+            {
+                let transfers = self.lock();
+                let is_known = transfers.get(transfer.id()).is_some_and(|now| Arc::ptr_eq(now, &transfer));
+                if !is_known || transfer.alone_for() <= abandoned {
+                    continue; // Somebody came back for it, or it was started again.
+                }
+                if !transfer.has_ended() {
+                    tracing::info!(
+                        transfer = transfer.id().as_str(),
+                        "nobody is attached; ending the transfer"
+                    );
+                    transfer.cancel("abandoned: nobody was attached to it");
+                }
+            }
+            if transfer.is_kept() {
+                transfer.clean_kept(self.context.containerd.as_ref()).await?;
             }
         }
         if self.started.elapsed() > abandoned { self.sweep_orphans().await } else { Ok(()) }

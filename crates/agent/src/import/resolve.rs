@@ -144,7 +144,8 @@ impl Run<'_> {
         if let Some(size) = size.filter(|size| *size > MAX_DOCUMENT_BYTES) {
             return Err(too_large(digest, size));
         }
-        let _turn = self.context.flights.turn(digest).await;
+        let wanting = self.context.flights.want(digest, self.sources.clone());
+        let _turn = wanting.turn().await;
         let bytes = match self.containerd().blob(digest).await? {
             Some(found) => self.local(digest, found.size).await?,
             None => self.fetched(kind, digest).await?,

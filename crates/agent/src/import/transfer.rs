@@ -45,6 +45,8 @@ struct Status {
     since: Instant,
     /// Why it was cancelled.
     reason: &'static str,
+    /// The lease of its run, once that has begun.
+    lease: Option<String>,
     /// Whether a failed transfer's lease stands, for it to be started again.
     kept: bool,
 }
@@ -87,7 +89,8 @@ impl Drop for Attached {
 impl Transfer {
     pub(super) fn new(request: ImportRequest) -> Self {
         let ImportRequest { id, wanted, sources, restriction, max_bytes } = request;
-        let status = Status { attached: 0, since: Instant::now(), reason: "cancelled", kept: false };
+        let status =
+            Status { attached: 0, since: Instant::now(), reason: "cancelled", lease: None, kept: false };
         Self {
             id,
             wanted,
@@ -138,6 +141,16 @@ impl Transfer {
 
     pub(super) fn forget_kept(&self) {
         self.status().kept = false;
+    }
+
+    /// Removes what it kept, and nothing that another run of the same transfer holds.
+    pub(super) async fn clean_kept(&self, containerd: &dyn Containerd) -> Result<(), containerd::Error> {
+        let lease = self.status().lease.clone();
+        if let Some(lease) = lease {
+            containerd.delete_lease(&lease).await?;
+        }
+        self.forget_kept();
+        Ok(())
     }
 
     /// For how long nobody has been attached.
@@ -201,6 +214,7 @@ impl Transfer {
         let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
         let transfer = self.id.as_str().to_owned();
         let lease = Lease { id: format!("tote-{transfer}-{nanos:x}"), transfer };
+        self.status().lease = Some(lease.id.clone());
         let sources = self.sources.subscribe();
         let restriction = self.restriction.subscribe();
         let (wanted, max_bytes, tracker) = (&self.wanted, self.max_bytes, &self.tracker);

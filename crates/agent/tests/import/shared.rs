@@ -57,6 +57,70 @@ async fn a_cancelled_leader_is_followed() {
     check_complete(&target, &image, OTHER).await;
 }
 
+/// Nor does it wait for ever for one that is not: the one that moves the blob asks the sources of all who want it.
+#[tokio::test]
+async fn a_leader_whose_source_is_silent_is_given_the_followers_source() {
+    let image = large_image();
+    let digest = &image.layers[0].digest;
+    let (stalling, good) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    stalling.trick(digest, Trick::Stall(PIECE + 1000));
+    let target = Fake::default();
+    let agent = agent(&target);
+    let mut leading = agent.attach(request("one", NAME, &image, &[&stalling])).unwrap();
+    eventually("half a layer", async || target.partial(digest).is_some_and(|partial| partial.len() == PIECE))
+        .await;
+    let mut following = agent.attach(request("two", OTHER, &image, &[&good])).unwrap();
+    for attached in [&mut leading, &mut following] {
+        attached.states.wait_for(|state| state.outcome.is_some()).await.unwrap();
+        attached.states.borrow().outcome.clone().unwrap().unwrap();
+    }
+    assert!(leading.states.borrow().progress.sources.contains(&good.node), "the leader moved it");
+    assert!(!good.offsets(digest).contains(&0), "{:?}", good.offsets(digest));
+    check_complete(&target, &image, OTHER).await;
+}
+
+/// What failed and nobody came back for is removed; somebody comes back while that happens.
+#[tokio::test]
+async fn a_transfer_that_is_started_again_while_others_are_swept_keeps_its_lease() {
+    let image = large_image();
+    let digest = &image.layers[0].digest;
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    let agent = agent_with(&target, Bandwidth::default(), LIFETIMES);
+    // Whichever of two is swept first, the other is started again.
+    peer.trick(digest, Trick::Status(500));
+    for (id, name) in [("one", NAME), ("two", OTHER)] {
+        import(&agent, request(id, name, &image, &[&peer])).await.unwrap_err();
+    }
+    let kept = target.leases().await.unwrap();
+    assert_eq!(kept.len(), 2);
+    tokio::time::sleep(LIFETIMES.abandoned).await;
+    target.hold_deletions();
+    let sweeping = tokio::spawn({
+        let agent = agent.clone();
+        async move { agent.sweep().await }
+    });
+    eventually("one of them to be removed", async || target.deleted().len() == 1).await;
+    peer.trick(digest, Trick::Stall(PIECE + 1000));
+    let mut again = Vec::new();
+    for (id, name) in [("one", NAME), ("two", OTHER)] {
+        again.push(agent.attach(request(id, name, &image, &[&peer])).unwrap());
+    }
+    let fresh = async || {
+        let leases = target.leases().await.unwrap();
+        leases.into_iter().filter(|lease| !kept.contains(lease)).collect::<Vec<_>>()
+    };
+    eventually("both to have begun", async || fresh().await.len() == 2).await;
+    let begun = fresh().await;
+    target.let_delete(100);
+    sweeping.await.unwrap().unwrap();
+    assert_eq!(fresh().await, begun, "the leases of those that run");
+    for mut attached in again {
+        peer.behave();
+        attached.states.wait_for(|state| state.outcome.is_some()).await.unwrap();
+        attached.states.borrow().outcome.clone().unwrap().unwrap();
+    }
+}
+
 #[tokio::test]
 async fn cancelling_leaves_nothing() {
     let image = large_image();

@@ -30,18 +30,20 @@ pub(super) fn with_lease<T>(mut request: Request<T>, lease: &str) -> Result<Requ
 pub(super) async fn unary<T>(
     call: impl Future<Output = Result<Response<T>, Status>> + Send,
 ) -> Result<T, Error> {
-    within(DEADLINE, call).await
+    let late = || Error::Unavailable(format!("no answer within {} s", DEADLINE.as_secs()));
+    within(DEADLINE, late, call).await
 }
 
 /// Awaits an answer for a stated time.
 pub(super) async fn within<T>(
     deadline: Duration,
+    late: impl FnOnce() -> Error,
     call: impl Future<Output = Result<Response<T>, Status>> + Send,
 ) -> Result<T, Error> {
     match tokio::time::timeout(deadline, call).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(error(&status)),
-        Err(_) => Err(Error::Unavailable(format!("no answer within {} s", deadline.as_secs()))),
+        Err(_) => Err(late()),
     }
 }
 
@@ -68,6 +70,14 @@ pub(super) fn error(status: &Status) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_too_late_is_what_its_caller_says() {
+        let never = std::future::pending::<Result<Response<()>, Status>>;
+        assert!(matches!(unary(never()).await, Err(Error::Unavailable(_))), "containerd is away");
+        let late = || Error::Other("too long".to_owned());
+        assert!(matches!(within(DEADLINE, late, never()).await, Err(Error::Other(_))));
+    }
 
     #[test]
     fn a_containerd_that_starts_does_not_answer() {

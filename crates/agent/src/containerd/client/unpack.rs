@@ -118,7 +118,8 @@ async fn apply(
         payloads: std::collections::HashMap::new(),
         sync_fs: false,
     };
-    let applied = within(APPLY_DEADLINE, client.diffs().apply(leased(message, lease)?)).await?;
+    let late = || Error::Other(format!("it was not unpacked within {} s", APPLY_DEADLINE.as_secs()));
+    let applied = within(APPLY_DEADLINE, late, client.diffs().apply(leased(message, lease)?)).await?;
     let applied = applied.applied.map(|applied| applied.digest).unwrap_or_default();
     if applied != layer.diff_id.as_str() {
         let (blob, diff_id) = (&layer.blob.digest, layer.diff_id);

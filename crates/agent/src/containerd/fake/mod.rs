@@ -12,10 +12,10 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, stream};
-use tokio::sync::broadcast;
+use tokio::sync::{Semaphore, broadcast};
 use tote_image::{Descriptor, Digest, Platform, Verifier};
 
-use self::store::{Resource, Store};
+use self::store::{Ingesting, Resource, Store};
 use super::{
     Blob, BlobWriter, ByteStream, Change, Containerd, Error, Facts, Held, ImageRecord, Ingest, Labels, Layer,
     Lease, Space,
@@ -29,11 +29,14 @@ pub const SNAPSHOTTER: &str = "overlayfs";
 pub struct Fake {
     store: Arc<Mutex<Store>>,
     changes: broadcast::Sender<Change>,
+    /// Each deletion of a lease waits for one of these.
+    deletions: Arc<Semaphore>,
 }
 
 impl Default for Fake {
     fn default() -> Self {
-        Self { store: Arc::default(), changes: broadcast::channel(64).0 }
+        let deletions = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
+        Self { store: Arc::default(), changes: broadcast::channel(64).0, deletions }
     }
 }
 
@@ -68,6 +71,21 @@ impl Fake {
         if let Some(ingest) = self.lock().ingests.get_mut(digest) {
             ingest.data = bytes.to_vec();
         }
+    }
+
+    /// From now on no lease is deleted until [`Self::let_delete`].
+    pub fn hold_deletions(&self) {
+        self.deletions.forget_permits(Semaphore::MAX_PERMITS);
+    }
+
+    /// Leases that were to be deleted, or still are.
+    pub fn deleted(&self) -> Vec<String> {
+        self.lock().deleting.clone()
+    }
+
+    /// So many deletions of leases go on.
+    pub fn let_delete(&self, leases: usize) {
+        self.deletions.add_permits(leases);
     }
 
     /// Whether CRI sees images.
@@ -237,6 +255,9 @@ impl Containerd for Fake {
         if ingest.locked {
             return Err(Error::Unavailable(format!("ref {} locked", blob.digest)));
         }
+        if ingest.total != blob.size {
+            *ingest = Ingesting { total: blob.size, ..Ingesting::default() };
+        }
         ingest.locked = true;
         let offset = ingest.data.len() as u64;
         Ok(Ingest::Open(Box::new(Writer { fake: self.clone(), blob: blob.clone(), offset })))
@@ -290,6 +311,10 @@ impl Containerd for Fake {
     }
 
     async fn delete_lease(&self, id: &str) -> Result<(), Error> {
+        self.lock().deleting.push(id.to_owned());
+        if let Ok(permit) = self.deletions.acquire().await {
+            permit.forget();
+        }
         let mut store = self.call()?;
         store.leases.remove(id);
         store.collect();

@@ -31,6 +31,7 @@ impl Holding {
 #[derive(Debug, Default)]
 pub(super) struct Ingesting {
     pub data: Vec<u8>,
+    pub total: u64,
     pub locked: bool,
 }
 
@@ -42,6 +43,7 @@ pub(super) struct Store {
     pub images: BTreeMap<String, Descriptor>,
     /// By snapshotter and name; the parent's name, or none.
     pub snapshots: BTreeMap<(String, String), Option<String>>,
+    pub deleting: Vec<String>,
     pub calls_left: Option<u32>,
     pub cri_blind: bool,
     pub no_snapshotter: Option<String>,
