@@ -14,6 +14,7 @@ mod layout;
 mod operator;
 mod padding;
 mod presets;
+mod random;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};

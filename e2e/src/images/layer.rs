@@ -1,11 +1,9 @@
 //! One layer: a list of file system entries, and the tar it becomes. Knows nothing of images.
 
-use super::digest;
 use super::padding::Padding;
+use super::random::Random;
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use rand_xoshiro::Xoshiro256PlusPlus;
-use rand_xoshiro::rand_core::{Rng, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 
@@ -30,7 +28,7 @@ enum Kind {
     /// So many bytes that do not compress, a function of the seed.
     Random {
         bytes: u64,
-        seed: [u8; 32],
+        seed: String,
     },
     Directory,
     Symlink(String),
@@ -72,7 +70,7 @@ impl Entry {
 
     /// A regular file of so many random bytes.
     pub fn random(path: &str, bytes: u64, seed: &str) -> Self {
-        Self::new(path, Kind::Random { bytes, seed: key(&format!("{seed}/{path}")) }, 0o644)
+        Self::new(path, Kind::Random { bytes, seed: format!("{seed}/{path}") }, 0o644)
     }
 
     /// A directory, mode 0755.
@@ -164,7 +162,7 @@ impl Entry {
             }
             Kind::Random { bytes, seed } => {
                 header.set_size(*bytes);
-                let random = Random(Xoshiro256PlusPlus::from_seed(*seed));
+                let random = Random::of(seed);
                 tar.append_data(&mut header, &self.path, random.take(*bytes))?;
             }
             Kind::Symlink(target) => {
@@ -177,32 +175,6 @@ impl Entry {
             }
         }
         Ok(())
-    }
-}
-
-/// 32 bytes that differ between seeds.
-fn key(seed: &str) -> [u8; 32] {
-    let mut key = [0; 32];
-    for (to, from) in key.iter_mut().zip(digest(seed.as_bytes()).trim_start_matches("sha256:").bytes()) {
-        *to = from;
-    }
-    key
-}
-
-/// Bytes that do not compress, without end.
-pub(super) struct Random(Xoshiro256PlusPlus);
-
-impl Random {
-    /// A function of the seed.
-    pub(super) fn of(seed: &str) -> Self {
-        Self(Xoshiro256PlusPlus::from_seed(key(seed)))
-    }
-}
-
-impl Read for Random {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.0.fill_bytes(buffer);
-        Ok(buffer.len())
     }
 }
 

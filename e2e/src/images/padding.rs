@@ -1,6 +1,6 @@
 //! What makes a zstd layer large and its contents not: a frame that decompressors skip.
 
-use super::layer::Random;
+use super::random::Random;
 use anyhow::Result;
 use std::io::{self, Read as _, Write};
 
