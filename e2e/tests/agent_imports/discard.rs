@@ -42,8 +42,8 @@ fn what_stands_unpacked_does_not_move_where_layers_are_discarded() {
             assert!(!content.contains(&layer.digest), "{version} keeps {}", layer.digest);
         }
         let done = target.import("t", &second, wanted.digest(), &[&holder]).unwrap();
-        let spared: u64 = shared.iter().map(|layer| layer.size).sum();
-        assert_eq!(done.reused_bytes, i64::try_from(spared).unwrap(), "{version}");
+        let left_out: u64 = shared.iter().map(|layer| layer.size).sum();
+        assert_eq!(done.reused_bytes, i64::try_from(left_out).unwrap(), "{version}");
         assert_eq!(done.transferred_bytes, done.total_bytes - done.reused_bytes, "{version}");
         // What the other image alone keeps goes with it.
         let names = target.daemon.ctr(&["images", "ls", "-q"]).unwrap();

@@ -9,7 +9,7 @@ use tote_rpc::v1::{self, Cause, import_event::Event};
 
 use crate::node::{Node, PKI, Source, WAIT, block_on};
 use crate::same;
-use crate::stream::{ended, until_moved};
+use crate::stream::{come_in_vain, ended, until_moved};
 
 /// 60 MB at 20 MiB/s: some 3 s.
 const IMAGE: &str = "random-60";
@@ -32,13 +32,14 @@ impl Transfer {
         Self { source, holder, image, reference }
     }
 
-    /// Starts it, does something when some of it has moved, attaches again, and tells how many bytes the
-    /// second run took.
-    fn interrupted(&self, target: &mut Node, fault: impl FnOnce(&mut Node)) -> u64 {
-        block_on(async {
+    /// Starts it, does something when some of it has moved, attaches again, and tells how many bytes came in all, and how
+    /// many with the run that came to its end.
+    fn interrupted(&self, target: &mut Node, fault: impl FnOnce(&mut Node)) -> (u64, u64) {
+        let (mut events, before) = block_on(async {
             let sources = &[&self.holder][..];
             let mut events = target.attach(ID, &self.reference, self.image.digest(), sources).await.unwrap();
-            until_moved(&mut events, 0.3).await;
+            let before = until_moved(&mut events, 0.3).await;
+            (events, before)
         });
         fault(target);
         let done = block_on(async {
@@ -49,7 +50,8 @@ impl Transfer {
         let done = done.unwrap();
         target.check_whole(&self.reference, "after the fault");
         same(&self.holder.tree(&self.image), &target.tree(&self.image), "after the fault");
-        u64::try_from(done.transferred_bytes).unwrap()
+        let all = block_on(come_in_vain(&mut events, &before)) + done.transferred_bytes;
+        (all.try_into().unwrap(), done.transferred_bytes.try_into().unwrap())
     }
 }
 
@@ -59,7 +61,7 @@ fn the_agent_killed() {
     let size = transfer.image.needed_bytes().unwrap();
     for version in Containerd::ALL {
         let mut target = Node::start(version, Overlayfs, CAP);
-        let moved = transfer.interrupted(&mut target, |target| {
+        let (_, moved) = transfer.interrupted(&mut target, |target| {
             target.kill_agent();
             target.start_agent();
         });
@@ -123,14 +125,16 @@ fn containerd_killed_and_restarted() {
     let size = transfer.image.needed_bytes().unwrap();
     for version in Containerd::ALL {
         let mut target = Node::start(version, Overlayfs, CAP);
-        let moved = transfer.interrupted(&mut target, |target| {
+        let (killed, _) = transfer.interrupted(&mut target, |target| {
             target.daemon.kill().unwrap();
             target.daemon.restart().unwrap();
         });
-        // What was on its way when containerd died may be moved again.
-        assert!(moved < size * 12 / 10, "{version}: {moved} of {size}");
         let mut target = Node::start(version, Overlayfs, CAP);
-        transfer.interrupted(&mut target, |target| target.daemon.restart().unwrap());
+        let (restarted, _) = transfer.interrupted(&mut target, |target| target.daemon.restart().unwrap());
+        println!("{version}: {killed} and {restarted} bytes came of {size}");
+        // What was on its way when containerd ended may be moved again.
+        let most = size * 11 / 10;
+        assert!(killed < most && restarted < most, "{version}: {killed} and {restarted} of {size}");
     }
 }
 

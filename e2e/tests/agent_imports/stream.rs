@@ -36,6 +36,22 @@ pub async fn until_moved(events: &mut Streaming<v1::ImportEvent>, share: f64) ->
     }
 }
 
+/// Bytes that had come, `before` included, when an import failed or its stream broke; none if its end was a good one.
+pub async fn come_in_vain(events: &mut Streaming<v1::ImportEvent>, before: &v1::Progress) -> i64 {
+    let mut come = before.transferred_bytes;
+    loop {
+        match events.message().await.ok().flatten().and_then(|event| event.event) {
+            Some(Event::Progress(progress)) => come = progress.transferred_bytes,
+            Some(Event::Done(_)) => return 0,
+            Some(Event::Failed(failed)) => {
+                println!("{} bytes had come when it failed: {}", come, failed.message);
+                return come;
+            }
+            None => return come,
+        }
+    }
+}
+
 /// A controller's session.
 pub struct Session {
     responses: Streaming<v1::SessionResponse>,

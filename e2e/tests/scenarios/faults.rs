@@ -14,7 +14,7 @@ use tote_e2e::registry::Control as _;
 use tote_e2e::tenant::{PodShape, imported_reason, phase};
 use tote_e2e::{host, inspect, operator};
 
-use crate::known::authority_gone;
+use crate::known::{agents, authority_gone};
 use crate::play::Play;
 use crate::stage::{Alone, SOON, Scenario};
 
@@ -213,18 +213,44 @@ async fn pull_wins(play: Play) -> Result<()> {
     ends_well(&play).await.map(drop)
 }
 
+/// Bytes that have come from other nodes, by the job's status.
+fn moved(job: &SalvageJob) -> Result<u64> {
+    let transfer = job.status.as_ref().and_then(|status| status.transfer).unwrap_or_default();
+    Ok(transfer.transferred_bytes.try_into()?)
+}
+
+/// That of what had come before the fault less than a half came again; `all` are the bytes that came in all.
+async fn not_again(play: &Play, all: u64, had: u64) -> Result<()> {
+    let size = play.big().await?.image.needed_bytes()?;
+    println!("{all} bytes came of an image of {size}, {had} of them before the fault");
+    ensure!(all < size + had / 2, "{all} bytes came of an image of {size}, {had} of them before the fault");
+    Ok(())
+}
+
 async fn agent_killed(play: Play, node: &str) -> Result<()> {
     half_way(&play).await?;
+    let had = moved(&play.tenant.jobs().get("big").await?)?;
     kill(&play, "agent", Some(node)).await?;
-    ends_well(&play).await.map(drop)
+    let job = ends_well(&play).await?;
+    let all = if play.target()?.name() == node {
+        // It counts from its start on; the status does not tell what came twice within an attempt.
+        let agents = agents(&play).await?;
+        let agent = agents.iter().find(|agent| agent.node == node).context("no agent on the target")?;
+        had + agent.metric(&play.tenant.client(), "tote_agent_received_bytes_total").await?
+    } else {
+        moved(&job)?
+    };
+    not_again(&play, all, had).await
 }
 
 async fn containerd_restarted(play: Play, node: &str) -> Result<()> {
     half_way(&play).await?;
+    let had = moved(&play.tenant.jobs().get("big").await?)?;
     let node = play.cluster().node(node)?;
     node.kill_containerd()?;
     node.start_containerd()?;
-    ends_well(&play).await.map(drop)
+    let job = ends_well(&play).await?;
+    not_again(&play, moved(&job)?, had).await
 }
 
 async fn job_deleted(play: Play) -> Result<()> {

@@ -214,6 +214,11 @@ async fn source_that_lies(play: Play) -> Result<()> {
         ensure!(note.contains(part), "{part} is not named: {note}");
     }
     let job = play.tenant.until_job("that is Failed", SOON, |job| phase(job) == Some(Phase::Failed)).await?;
+    let (reason, message) = imported_reason(&job);
+    ensure!(reason == "BackoffLimitExceeded", "{reason}: {message}");
+    for part in [layer.digest.as_str(), "n3"] {
+        ensure!(message.contains(part), "{part} is not named by the job's condition: {message}");
+    }
     play.tenant.event(&job.name_any(), "BackoffLimitExceeded", SOON).await?;
     let counted = lies(&play, "n1").await?.of("n3") - before.of("n3");
     ensure!(counted >= 7, "{counted} lies of n3 are counted, and there was one in each of seven attempts");

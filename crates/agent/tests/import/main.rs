@@ -7,6 +7,8 @@ mod bounds;
 mod hostile;
 mod killed;
 mod lies;
+mod moving;
+mod nodes;
 mod peers;
 mod records;
 mod relay;

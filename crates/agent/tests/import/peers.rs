@@ -11,7 +11,8 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use http::StatusCode;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tote_agent::bandwidth::Bandwidth;
@@ -134,6 +135,56 @@ impl Peer {
     /// From which offsets it was asked for a blob.
     pub fn offsets(&self, digest: &Digest) -> Vec<u64> {
         self.asked.lock().unwrap().get(digest).cloned().unwrap_or_default()
+    }
+}
+
+/// A peer's second address, where it can be away for a while.
+pub struct Door {
+    pub address: SocketAddr,
+    open: watch::Sender<bool>,
+}
+
+impl Door {
+    pub async fn of(peer: &Peer) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (open, to) = (watch::Sender::new(true), peer.address);
+        let is_open = open.subscribe();
+        tokio::spawn(async move {
+            loop {
+                let (mut from, _) = listener.accept().await.unwrap();
+                let mut is_open = is_open.clone();
+                if !*is_open.borrow() {
+                    continue;
+                }
+                tokio::spawn(async move {
+                    let passing = async {
+                        let mut on = TcpStream::connect(to).await?;
+                        tokio::io::copy_bidirectional(&mut from, &mut on).await
+                    };
+                    tokio::select! {
+                        _ = passing => {}
+                        _ = is_open.wait_for(|open| !open) => {}
+                    }
+                });
+            }
+        });
+        Self { address, open }
+    }
+
+    /// Breaks every connection, and takes none any more.
+    pub fn shut(&self) {
+        self.open.send_replace(false);
+    }
+
+    pub fn open(&self) {
+        self.open.send_replace(true);
+    }
+
+    /// How many connections there are.
+    pub fn connections(&self) -> usize {
+        // One listens.
+        self.open.receiver_count() - 1
     }
 }
 

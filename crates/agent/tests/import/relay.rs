@@ -1,101 +1,14 @@
 //! Sources that are getting the image themselves: whole agents, which give on what they have got, and one peer that has it all.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
-use tokio_util::sync::{CancellationToken, DropGuard};
-use tote_agent::agent::{Settings, run};
-use tote_agent::containerd::{Containerd as _, Fake};
-use tote_agent::import::{Lifetimes, Patience};
+use tote_agent::containerd::Containerd as _;
 use tote_agent::testing::{Blobs, tar};
-use tote_rpc::AgentClient;
-use tote_rpc::v1::{self, import_event::Event};
+use tote_rpc::v1;
 
-use crate::peers::{PKI, Peer, Trick};
+use crate::nodes::{GROWTH, Node, ended};
+use crate::peers::{Peer, Trick};
 use crate::{NAME, check_complete, eventually, noise};
-
-/// How long an image may stand still at a relay here.
-const GROWTH: Duration = Duration::from_secs(3);
-
-/// An agent, and the controller's connection to it.
-struct Node {
-    name: String,
-    fake: Fake,
-    address: SocketAddr,
-    client: AgentClient,
-    stop: DropGuard,
-}
-
-impl Node {
-    async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (address, fake, stop) =
-            (listener.local_addr().unwrap(), Fake::default(), CancellationToken::new());
-        let name = format!("node-{}", address.port());
-        let settings = Settings {
-            node_name: name.clone(),
-            max_bandwidth: None,
-            max_upload: None,
-            patience: Patience { growth: GROWTH, ..Patience::default() },
-            lifetimes: Lifetimes::default(),
-            identity: PKI.node(&name, "127.0.0.1"),
-            mounts: None,
-            records: None,
-        };
-        let agent = run(Arc::new(fake.clone()), settings, listener, None, stop.clone());
-        tokio::spawn(async move { agent.await.unwrap() });
-        let client = tote_rpc::connect(address, &name, &PKI.controller()).await.unwrap();
-        Self { name, fake, address, client: client.into_client().unwrap(), stop: stop.drop_guard() }
-    }
-
-    /// As a source that is getting the image itself.
-    fn relay(&self) -> v1::Source {
-        let (node_name, address) = (self.name.clone(), self.address.to_string());
-        v1::Source { node_name, address, relay: true, ..v1::Source::default() }
-    }
-
-    /// Lets another read the image here, whose transfer has the other's name.
-    async fn grant(&self, reader: &Self, image: &Blobs, expected: bool) -> Result<i64, tonic::Status> {
-        let request = v1::GrantRequest {
-            term: Some(term()),
-            transfer_id: format!("for-{}", reader.name),
-            node_name: reader.name.clone(),
-            digest: image.target.digest.to_string(),
-            seconds: 600,
-            expected,
-        };
-        Ok(self.client.clone().grant(request).await?.into_inner().blobs)
-    }
-
-    /// Begins an import; it ends by the time that the handle does.
-    async fn import(&self, image: &Blobs, sources: Vec<v1::Source>) -> JoinHandle<v1::Done> {
-        let request = v1::ImportRequest {
-            term: Some(term()),
-            transfer_id: "t".to_owned(),
-            reference: NAME.to_owned(),
-            digest: image.target.digest.to_string(),
-            sources,
-            ..v1::ImportRequest::default()
-        };
-        let mut events = self.client.clone().import(request).await.unwrap().into_inner();
-        tokio::spawn(async move {
-            loop {
-                match events.message().await.unwrap().unwrap().event.unwrap() {
-                    Event::Progress(_) => {}
-                    Event::Done(done) => return done,
-                    Event::Failed(failed) => panic!("{}", failed.message),
-                }
-            }
-        })
-    }
-}
-
-fn term() -> v1::Term {
-    v1::Term { lease_uid: "lease".into(), lease_transitions: 1 }
-}
 
 fn first(peer: &Peer) -> v1::Source {
     let (node_name, address) = (peer.node.clone(), peer.address.to_string());
@@ -104,10 +17,6 @@ fn first(peer: &Peer) -> v1::Source {
 
 fn last(peer: &Peer) -> v1::Source {
     v1::Source { last_resort: true, ..first(peer) }
-}
-
-async fn ended(import: JoinHandle<v1::Done>) -> v1::Done {
-    tokio::time::timeout(Duration::from_secs(30), import).await.expect("an end").unwrap()
 }
 
 /// Layers of so many MiB each, all unlike.

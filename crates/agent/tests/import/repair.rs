@@ -10,15 +10,20 @@ use crate::{NAME, check_complete, eventually, image};
 #[tokio::test]
 async fn just_the_missing_blobs_come() {
     let image = image().indexed();
-    for lost in [&image.config, &image.layers[1], &image.manifest] {
+    let several = [&image.target, &image.manifest, &image.config, &image.layers[0], &image.layers[1]];
+    let alone = several.iter().map(std::slice::from_ref);
+    for lost in alone.chain([&several[2..], &several[..4], &several[..]]) {
         let (peer, target) = (Peer::holding(&image, "other.test/elsewhere:9").await, Fake::default());
         let agent = agent(&target);
         import(&agent, request("first", NAME, &image, &[&peer])).await.unwrap();
-        target.remove_blob(&lost.digest);
+        for blob in lost {
+            target.remove_blob(&blob.digest);
+        }
         // A layer that stands unpacked would not be missing.
         target.remove_snapshots();
         let done = import(&agent, request("repair", NAME, &image, &[&peer])).await.unwrap();
-        assert_eq!(done.transferred_bytes, i64::try_from(lost.size).unwrap(), "{}", lost.digest);
+        let missing: u64 = lost.iter().map(|blob| blob.size).sum();
+        assert_eq!(done.transferred_bytes, i64::try_from(missing).unwrap(), "{lost:?}");
         assert_eq!(done.transferred_bytes + done.reused_bytes, done.total_bytes);
         check_complete(&target, &image, NAME).await;
     }

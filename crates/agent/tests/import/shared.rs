@@ -1,4 +1,4 @@
-//! Transfers beside each other, attached to, left, cancelled; the bandwidth cap.
+//! Transfers beside each other, attached to, left, cancelled; the bandwidth caps.
 
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,7 @@ use tote_agent::import::{AttachError, Lifetimes};
 use tote_agent::testing::{Blobs, tar};
 use tote_rpc::v1::Cause;
 
+use crate::nodes::{Node, ended};
 use crate::peers::{LIFETIMES, Peer, Trick, agent, agent_with, import, request};
 use crate::{NAME, PIECE, check_complete, check_nothing, eventually, image, large_image, noise};
 
@@ -245,4 +246,20 @@ async fn the_cap_holds_over_all_transfers() {
     let took = started.elapsed();
     assert!(took > Duration::from_millis(380), "{bytes} bytes at {rate} B/s took {took:?}");
     assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+/// Of a whole agent: what it is told of its cap is what its readers get.
+#[tokio::test]
+async fn an_agent_gives_no_faster_than_its_cap() {
+    let image = Blobs::image(&[tar(&[("a", &noise(1_000_000))])]);
+    let (source, target) = (Node::giving(Some("1M".parse().unwrap())).await, Node::start().await);
+    image.pull_into(&source.fake, NAME);
+    source.grant(&target, &image, false).await.unwrap();
+    let started = Instant::now();
+    let done = ended(target.import(&image, vec![source.source()]).await).await;
+    let took = started.elapsed();
+    assert_eq!(done.transferred_bytes, done.total_bytes);
+    // But for what may pass at once after a pause.
+    assert!(took > Duration::from_millis(880), "{} bytes took {took:?}", image.size());
+    check_complete(&target.fake, &image, NAME).await;
 }

@@ -1,14 +1,14 @@
 //! Several sources of one image: each gives a part, a slow one is left, a liar among honest ones is found.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::Fake;
-use tote_agent::import::{Imports, Lifetimes};
+use tote_agent::import::{Context, Imports, Lifetimes, Patience};
 use tote_agent::testing::{Blobs, tar};
 
-use crate::peers::{Peer, Trick, agent, context, import, request};
-use crate::{NAME, check_complete, check_nothing, eventually, noise};
+use crate::peers::{Door, PATIENCE, Peer, Trick, agent, context, import, request};
+use crate::{NAME, PIECE, check_complete, check_nothing, eventually, noise};
 
 /// One layer of this many MiB.
 fn one_layer(mebibytes: usize) -> Blobs {
@@ -29,6 +29,62 @@ async fn parts_of_one_blob_come_from_each_and_no_byte_twice() {
     offsets.sort_unstable();
     offsets.dedup();
     assert_eq!(offsets.len(), asked, "each part once: {offsets:?}");
+    check_complete(&target, &image, NAME).await;
+}
+
+/// One takes connections, gives some of a part or nothing, and then neither gives nor ends: the other goes on at that byte.
+#[tokio::test]
+async fn a_source_that_falls_silent_is_left_at_that_byte() {
+    let image = one_layer(24);
+    let layer = &image.layers[0];
+    for (trick, given) in [(Trick::Stall(PIECE + 1000), PIECE + 1000), (Trick::Hang, 0)] {
+        let (silent, other) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+        silent.trick(&layer.digest, trick);
+        let target = Fake::default();
+        let patience = Patience { piece: Duration::from_secs(1), ..PATIENCE };
+        let context = Context { patience, ..context(&target, Bandwidth::default()) };
+        let agent = Imports::new(context, Lifetimes::default());
+        let done = import(&agent, request("t", NAME, &image, &[&silent, &other])).await.unwrap();
+        assert_eq!(done.transferred_bytes, done.total_bytes, "no byte is moved twice");
+        let (begun, mut offsets) = (silent.offsets(&layer.digest), other.offsets(&layer.digest));
+        assert!(!begun.is_empty());
+        offsets.sort_unstable();
+        let goes_on = |at| if begun.contains(&at) { at + given as u64 } else { at };
+        let due: Vec<u64> = (0..layer.size).step_by(2 << 20).map(goes_on).collect();
+        assert_eq!(offsets, due, "the silent one was asked for {begun:?}");
+        check_complete(&target, &image, NAME).await;
+    }
+}
+
+/// The only one dies in the middle of a layer and is back at once: the import has waited for it, and goes on.
+#[tokio::test]
+async fn the_only_source_comes_back() {
+    let image = one_layer(12);
+    let layer = &image.layers[0].digest;
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    peer.trick(layer, Trick::Slow(4 << 20));
+    let door = Door::of(&peer).await;
+    let mut wanted = request("t", NAME, &image, &[&peer]);
+    wanted.sources[0].address = door.address;
+    let usual = Patience::default();
+    let patience = Patience { pause: usual.pause, rounds: usual.rounds, ..PATIENCE };
+    let context = Context { patience, ..context(&target, Bandwidth::default()) };
+    let agent = Imports::new(context, Lifetimes::default());
+    let dying = async {
+        let some = async || target.partial(layer).is_some_and(|part| part.len() >= PIECE);
+        eventually("a part of the layer", some).await;
+        let before = peer.asked(layer);
+        door.shut();
+        eventually("every connection to break", async || door.connections() == 0).await;
+        peer.behave();
+        door.open();
+        before
+    };
+    let (done, before) = tokio::join!(import(&agent, wanted), dying);
+    let done = done.unwrap();
+    assert_eq!(done.transferred_bytes, done.total_bytes, "no byte is moved twice");
+    let parts = &peer.offsets(layer)[before..];
+    assert!(parts.iter().any(|at| at % (2 << 20) != 0), "it went on where it was: {parts:?}");
     check_complete(&target, &image, NAME).await;
 }
 

@@ -66,6 +66,11 @@ impl Fake {
         self.lock().ingests.get(digest).map(|ingest| ingest.data.clone())
     }
 
+    /// The sizes of all writes of a blob, in their order.
+    pub fn writes(&self, digest: &Digest) -> Vec<usize> {
+        self.lock().writes.get(digest).cloned().unwrap_or_default()
+    }
+
     /// Replaces what was written of a blob that is not committed.
     pub fn overwrite_partial(&self, digest: &Digest, bytes: &[u8]) {
         if let Some(ingest) = self.lock().ingests.get_mut(digest) {
@@ -183,6 +188,7 @@ impl BlobWriter for Writer {
         let gone = || Error::NotFound("the ingest".to_owned());
         let ingest = store.ingests.get_mut(&self.blob.digest).ok_or_else(gone)?;
         ingest.data.extend_from_slice(&bytes);
+        store.writes.entry(self.blob.digest.clone()).or_default().push(bytes.len());
         self.offset += bytes.len() as u64;
         Ok(())
     }

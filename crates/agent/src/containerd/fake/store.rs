@@ -39,6 +39,8 @@ pub(super) struct Ingesting {
 pub(super) struct Store {
     pub blobs: BTreeMap<Digest, (Bytes, Labels)>,
     pub ingests: BTreeMap<Digest, Ingesting>,
+    /// The sizes of all writes.
+    pub writes: BTreeMap<Digest, Vec<usize>>,
     pub leases: BTreeMap<String, Holding>,
     pub images: BTreeMap<String, Descriptor>,
     /// By snapshotter and name; the parent's name, or none.
