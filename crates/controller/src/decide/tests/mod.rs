@@ -45,6 +45,7 @@ fn image(n: u8, names: &[&str], complete: bool) -> Image {
             digest: digest(n + 100),
             platform: Platform::new("linux", "amd64", ""),
             complete,
+            unpacked: false,
             size: 1 << 20,
             missing: None,
             created: 0,
