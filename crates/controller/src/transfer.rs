@@ -131,7 +131,7 @@ fn refused(status: &tonic::Status) -> TransferEvent {
     let message = format!("{}: {}", status.code().description(), status.message());
     match status.code() {
         Code::InvalidArgument | Code::Unimplemented => {
-            TransferEvent::Failed { reason: "RefusedByAgent", message, retryable: false }
+            TransferEvent::Failed { reason: "RefusedByAgent", message, retryable: false, lying_nodes: Vec::new() }
         }
         _ => TransferEvent::Lost { message },
     }
@@ -155,9 +155,12 @@ fn event_of(event: Wire) -> TransferEvent {
         }),
         // Ended from outside, and wanted again since: that is no failed attempt.
         Wire::Failed(f) if f.cause() == Cause::Cancelled => TransferEvent::Lost { message: f.message },
-        Wire::Failed(f) => {
-            TransferEvent::Failed { reason: reason_of(f.cause()), message: f.message, retryable: f.retryable }
-        }
+        Wire::Failed(f) => TransferEvent::Failed {
+            reason: reason_of(f.cause()),
+            message: f.message,
+            retryable: f.retryable,
+            lying_nodes: f.lying_nodes,
+        },
     }
 }
 

@@ -56,7 +56,8 @@ impl State {
                 let moved = u64::try_from(progress.transferred).unwrap_or(0);
                 self.actions.push(Action::Count(Count::Success(took, moved)));
             }
-            TransferEvent::Failed { reason, message, retryable } => {
+            TransferEvent::Failed { reason, message, retryable, lying_nodes } => {
+                job.blame(lying_nodes);
                 let limit = job.spec.backoff_limit.unwrap_or(BACKOFF_LIMIT);
                 let attempts = job.status.attempts;
                 job.fresh = true;

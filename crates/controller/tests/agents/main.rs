@@ -124,18 +124,23 @@ async fn a_transfer_is_followed_to_its_end() {
 
 #[tokio::test]
 async fn a_failure_keeps_its_cause() {
-    let failed = v1::Failed { cause: v1::Cause::DiskFull.into(), message: "full".into(), retryable: true };
+    let failed = v1::Failed {
+        cause: v1::Cause::DiskFull.into(),
+        message: "full".into(),
+        retryable: true,
+        lying_nodes: vec!["n3".to_owned()],
+    };
     let all = follow(Ok(vec![import_event::Event::Failed(failed)])).await;
     assert!(
-        matches!(&all[..], [TransferEvent::Failed { reason: "DiskFull", message, retryable: true }]
-            if message == "full"),
+        matches!(&all[..], [TransferEvent::Failed { reason: "DiskFull", message, retryable: true, lying_nodes }]
+            if message == "full" && lying_nodes == &["n3"]),
         "{all:?}"
     );
 }
 
 #[tokio::test]
 async fn a_transfer_that_was_cancelled_is_no_failed_attempt() {
-    let failed = v1::Failed { cause: v1::Cause::Cancelled.into(), message: "ended".into(), retryable: true };
+    let failed = v1::Failed { cause: v1::Cause::Cancelled.into(), message: "ended".into(), retryable: true, ..Default::default() };
     let all = follow(Ok(vec![import_event::Event::Failed(failed)])).await;
     assert!(matches!(&all[..], [TransferEvent::Lost { message }] if message == "ended"), "{all:?}");
 }

@@ -192,6 +192,37 @@ fn what_earlier_attempts_moved_counts() {
 }
 
 #[test]
+fn who_lied_to_an_earlier_attempt_is_named_to_the_end() {
+    let failed = |reason, lying_nodes: &[&str]| TransferEvent::Failed {
+        reason,
+        message: "the disk is full".into(),
+        retryable: true,
+        lying_nodes: lying_nodes.iter().map(ToString::to_string).collect(),
+    };
+    for ends_well in [true, false] {
+        let mut bench = Bench::new();
+        bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+        let uid = bench.job("j", json!({"image": "r.test/x:1", "nodeName": "b", "backoffLimit": 2}), false);
+        bench.decide();
+        bench.transfer(&uid, failed("DiskFull", &["n3"]));
+        bench.decide();
+        assert_eq!(bench.reason(&uid), (Phase::Transferring, "Retrying".into()));
+        let names = |bench: &Bench, nodes: &str| {
+            let message = bench.message(&uid);
+            assert!(message.contains(&format!("wrong bytes came from {nodes}, and were thrown")), "{message}");
+        };
+        names(&bench, "n3");
+        bench.pass(5);
+        bench.transfer(&uid, failed("NoSource", &["n2"]));
+        bench.pass(5);
+        bench.transfer(&uid, if ends_well { done() } else { failed("DiskFull", &[]) });
+        bench.decide();
+        assert_eq!(bench.reason(&uid).0, if ends_well { Phase::Imported } else { Phase::Failed });
+        names(&bench, "n2, n3");
+    }
+}
+
+#[test]
 fn a_deleted_job_is_cancelled() {
     let mut bench = Bench::new();
     bench.up("a", vec![image(1, &["r.test/x:1"], true)]);

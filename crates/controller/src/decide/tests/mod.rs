@@ -300,5 +300,5 @@ fn done() -> TransferEvent {
 }
 
 fn failed(retryable: bool) -> TransferEvent {
-    TransferEvent::Failed { reason: "NameConflict", message: "taken".into(), retryable }
+    TransferEvent::Failed { reason: "NameConflict", message: "taken".into(), retryable, lying_nodes: vec![] }
 }
