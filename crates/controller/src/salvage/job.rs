@@ -120,6 +120,8 @@ pub struct Progress {
     pub source_nodes: Vec<String>,
     /// Nodes that gave bytes that are not what was asked for.
     pub lying_nodes: Vec<String>,
+    /// Whether every blob is there, and layers are being unpacked.
+    pub is_unpacking: bool,
 }
 
 impl Job {

@@ -17,6 +17,9 @@ use crate::text;
 /// 32 KiB; a screen does not).
 const MAX_MESSAGE: usize = text::MAX_NOTE;
 
+/// The reason while layers are being unpacked, and nothing moves any more.
+pub const UNPACKING: &str = "Unpacking";
+
 /// The most bytes of the names of nodes that lied.
 const MAX_LIARS: usize = 600;
 
@@ -167,6 +170,14 @@ pub fn progress(job: &mut Job, progress: &Progress) {
     });
 }
 
+/// Notes that all has been moved and layers are being unpacked, of which no count tells.
+pub fn unpacking(job: &mut Job, now: Timestamp) {
+    let image = text::image(&job.spec.image, job.status.digest.as_deref().unwrap_or_default());
+    let node = &job.spec.node_name;
+    let message = format!("all blobs are on node {node}, which is unpacking layers of {image}");
+    enter(job, Phase::Transferring, UNPACKING, &message, now);
+}
+
 /// Words for a job that is Imported. The image comes last: it is the one that can be long.
 pub fn imported_message(job: &Job, progress: &Progress) -> String {
     let digest = job.status.digest.as_deref().unwrap_or_default();
@@ -273,8 +284,14 @@ mod tests {
         job.status.digest = Some(DIGEST.to_owned());
         let sources = vec!["worker-7".to_owned(), "s".repeat(253), "t".repeat(253)];
         let liars = vec!["worker-8".to_owned()];
-        let done =
-            Progress { total: 9, transferred: 9, reused: 0, source_nodes: sources, lying_nodes: liars };
+        let done = Progress {
+            total: 9,
+            transferred: 9,
+            reused: 0,
+            source_nodes: sources,
+            lying_nodes: liars,
+            ..Progress::default()
+        };
         let (began, ended) = (Timestamp::UNIX_EPOCH, Timestamp::from_second(60).unwrap());
         enter(&mut job, Phase::Transferring, "Transferring", "", began);
         progress(&mut job, &done);
@@ -315,6 +332,20 @@ mod tests {
                 assert_eq!(told.contains(part), named, "{reason}: {part} in {told}");
             }
         }
+    }
+
+    #[test]
+    fn unpacking_is_said_with_its_node_however_long_the_image() {
+        let mut job = long();
+        job.status.digest = Some(DIGEST.to_owned());
+        let (began, now) = (Timestamp::UNIX_EPOCH, Timestamp::from_second(60).unwrap());
+        enter(&mut job, Phase::Transferring, "Transferring", "", began);
+        unpacking(&mut job, now);
+        fits(&job);
+        assert_eq!((job.phase(), job.reason()), (Phase::Transferring, "Unpacking"));
+        let told = condition(&job, condition::RECONCILING);
+        assert_eq!((told.status.as_str(), told.last_transition_time.0), ("True", began));
+        assert!(told.message.contains(&job.spec.node_name), "{}", told.message);
     }
 
     #[test]

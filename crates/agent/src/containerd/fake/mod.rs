@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, stream};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tote_image::{Descriptor, Digest, Platform, Verifier};
 
 use self::store::{Resource, Store};
@@ -29,11 +29,12 @@ pub const SNAPSHOTTER: &str = "overlayfs";
 pub struct Fake {
     store: Arc<Mutex<Store>>,
     changes: broadcast::Sender<Change>,
+    unpacks: watch::Sender<bool>,
 }
 
 impl Default for Fake {
     fn default() -> Self {
-        Self { store: Arc::default(), changes: broadcast::channel(64).0 }
+        Self { store: Arc::default(), changes: broadcast::channel(64).0, unpacks: watch::Sender::new(true) }
     }
 }
 
@@ -68,6 +69,11 @@ impl Fake {
         if let Some(ingest) = self.lock().ingests.get_mut(digest) {
             ingest.data = bytes.to_vec();
         }
+    }
+
+    /// Whether it unpacks; where it does not, that waits.
+    pub fn set_unpacks(&self, unpacks: bool) {
+        self.unpacks.send_replace(unpacks);
     }
 
     /// Whether CRI sees images.
@@ -340,6 +346,8 @@ impl Containerd for Fake {
     }
 
     async fn unpack(&self, lease: &str, snapshotter: &str, layer: Layer<'_>, keep: u64) -> Result<(), Error> {
+        // The sender is this one's own.
+        let _ = self.unpacks.subscribe().wait_for(|unpacks| *unpacks).await;
         let mut store = self.call()?;
         let name = (snapshotter.to_owned(), layer.chain.to_string());
         if store.free.is_some_and(|free| free < keep) && !store.snapshots.contains_key(&name) {

@@ -54,7 +54,11 @@ fn finds_by_target_and_by_manifest() {
     unpacked.manifests[0].unpacked = true;
     f.upsert(&"b".into(), unpacked);
     assert_eq!(f.present("b", "r/x:1"), Some(&digest(1)), "unless it stands unpacked");
-    assert_eq!(f.holders(&digest(1), Some(&amd64))[&NodeName::from("b")], Holder::Incomplete, "but no source");
+    assert_eq!(
+        f.holders(&digest(1), Some(&amd64))[&NodeName::from("b")],
+        Holder::Incomplete,
+        "but no source"
+    );
 }
 
 #[test]
