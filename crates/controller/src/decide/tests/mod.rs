@@ -10,6 +10,8 @@ mod notes;
 mod owners;
 mod pods;
 mod relays;
+mod told;
+mod unpacked;
 mod upstream;
 
 use serde_json::json;
