@@ -41,7 +41,7 @@ const READINGS: [(Phase, &[&str], &str, &str); 5] = [
         "InProgress",
         "Progressing",
     ),
-    (Phase::Transferring, &["Transferring", "Retrying"], "InProgress", "Progressing"),
+    (Phase::Transferring, &["Transferring", "Unpacking", "Retrying"], "InProgress", "Progressing"),
     (Phase::Imported, &["Imported"], "Current", "Healthy"),
     (
         Phase::Failed,

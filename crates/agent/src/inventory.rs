@@ -3,6 +3,8 @@
 //!
 //! The scan asks the content store; putting the answer together and telling what changed are pure.
 
+mod unpacked;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +13,9 @@ use futures::{StreamExt, TryStreamExt};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tote_image::{Descriptor, Digest, Document, MAX_DOCUMENT_BYTES, Manifest, Platform, created, diff_ids};
+use tote_image::{
+    Descriptor, Digest, Document, MAX_DOCUMENT_BYTES, Manifest, Platform, chain_ids, created, diff_ids,
+};
 use tote_rpc::v1;
 
 use crate::containerd::{Containerd, Error, ImageRecord};
@@ -55,7 +59,8 @@ pub fn difference(old: &Inventory, new: &Inventory) -> v1::InventoryDelta {
 #[derive(Clone, Debug)]
 enum Known {
     Document(Arc<Document>),
-    Config(Platform, i64),
+    /// With when it was made, and the name of the snapshot of all its layers.
+    Config(Platform, i64, Option<Digest>),
     Neither,
 }
 
@@ -64,6 +69,7 @@ pub struct Scanner {
     containerd: Arc<dyn Containerd>,
     records: Option<Arc<Records>>,
     known: HashMap<Digest, Known>,
+    snapshotter: unpacked::Snapshotter,
     /// Images that are not told of yet, and since when they are there.
     held: HashMap<Digest, Instant>,
     told: BTreeSet<Digest>,
@@ -74,8 +80,15 @@ pub struct Scanner {
 impl Scanner {
     /// A scanner that has seen nothing.
     pub fn new(containerd: Arc<dyn Containerd>, records: Option<Arc<Records>>) -> Self {
-        let (known, held) = (HashMap::new(), HashMap::new());
-        Self { containerd, records, known, held, told: BTreeSet::new(), unfinished: BTreeSet::new() }
+        Self {
+            containerd,
+            records,
+            known: HashMap::new(),
+            snapshotter: unpacked::Snapshotter::default(),
+            held: HashMap::new(),
+            told: BTreeSet::new(),
+            unfinished: BTreeSet::new(),
+        }
     }
 
     /// Whether an image is there that waits for its record.
@@ -113,6 +126,7 @@ impl Scanner {
 
     /// The node's images as they are now.
     pub async fn scan(&mut self) -> Result<Inventory, Error> {
+        self.snapshotter.ask_again();
         let records = self.containerd.images().await?;
         let sizes: HashMap<Digest, u64> = self.containerd.blobs().await?.into_iter().collect();
         // After the images: what is not being pulled by now has its record.
@@ -195,12 +209,15 @@ impl Scanner {
         manifest: &Manifest,
         sizes: &HashMap<Digest, u64>,
     ) -> Result<v1::Manifest, Error> {
-        let (own, created) = match self.read(&manifest.config.digest, sizes).await? {
-            Some(Known::Config(platform, created)) => (Some(platform), created),
-            _ => (None, 0),
+        let (own, created, top) = match self.read(&manifest.config.digest, sizes).await? {
+            Some(Known::Config(platform, created, top)) => (Some(platform), created, top),
+            _ => (None, 0, None),
         };
         let mut summary = summary(digest, named.or(own).as_ref(), manifest, sizes);
         summary.created = created;
+        if let Some(top) = top.filter(|_| !summary.complete) {
+            summary.unpacked = self.snapshotter.has(self.containerd.as_ref(), &top).await?;
+        }
         Ok(summary)
     }
 
@@ -248,7 +265,9 @@ fn recognize(digest: &Digest, bytes: &[u8]) -> Known {
     if let Ok(document) = Document::parse(bytes) {
         return Known::Document(Arc::new(document));
     }
-    diff_ids(bytes).map_or(Known::Neither, |(platform, _)| Known::Config(platform, created(bytes)))
+    diff_ids(bytes).map_or(Known::Neither, |(platform, diff_ids)| {
+        Known::Config(platform, created(bytes), chain_ids(&diff_ids).pop())
+    })
 }
 
 fn summary(
@@ -273,6 +292,7 @@ fn summary(
         missing: missing.into_iter().collect(),
         created: 0,
         pulled: None,
+        unpacked: false,
     }
 }
 
@@ -315,6 +335,8 @@ async fn follow_once(
 ) -> Result<(), Error> {
     let mut wait = SECOND_LOOK;
     let mut changes = containerd.changes().await?.ready_chunks(64);
+    // It may be another containerd than before.
+    scanner.snapshotter = unpacked::Snapshotter::default();
     loop {
         let looked = Instant::now();
         let new = scanner.scan().await?;

@@ -125,8 +125,8 @@ pub struct SalvageJobStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// Pending: it waits, and the reason of condition Imported says for what. Transferring: blobs are moved. Imported (final):
-    /// the image is on the node, complete. Failed (final): given up.
+    /// Pending: it waits, and the reason of condition Imported says for what. Transferring: blobs are moved, and
+    /// layers unpacked (reason Unpacking). Imported (final): the image is on the node, complete. Failed (final): given up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
 

@@ -75,7 +75,7 @@ pub enum Resolution {
         why: Why,
         /// The nodes that hold it complete, the target not among them; or, where there is none, those that hold it between them.
         sources: Vec<NodeName>,
-        /// Whether the target itself holds every blob: then nothing needs to be moved.
+        /// Whether the target itself holds every blob, or has it unpacked: then nothing needs to be moved.
         on_target: bool,
     },
     /// It cannot; why.
@@ -150,7 +150,8 @@ impl Question<'_> {
             },
         };
         let mut holders = fleet.holders(&digest, platform);
-        let on_target = holders.remove(self.target) == Some(Holder::Complete);
+        holders.remove(self.target);
+        let on_target = fleet.is_on(self.target, &digest);
         if let Some(source) = self.source {
             holders.retain(|node, _| &**node == source);
         }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tonic::Code;
-use tote_rpc::v1;
+use tote_rpc::AgentClient;
 use tote_rpc::v1::import_event::Event as Wire;
-use tote_rpc::{AgentClient, v1::Cause};
+use tote_rpc::v1::{self, Cause, Stage};
 
 use crate::decide::{Event, TransferEvent};
 use crate::fleet::{Grants, NodeName};
@@ -130,9 +130,12 @@ pub async fn remove(client: Option<AgentClient>, node: NodeName, request: v1::Re
 fn refused(status: &tonic::Status) -> TransferEvent {
     let message = format!("{}: {}", status.code().description(), status.message());
     match status.code() {
-        Code::InvalidArgument | Code::Unimplemented => {
-            TransferEvent::Failed { reason: "RefusedByAgent", message, retryable: false }
-        }
+        Code::InvalidArgument | Code::Unimplemented => TransferEvent::Failed {
+            reason: "RefusedByAgent",
+            message,
+            retryable: false,
+            lying_nodes: Vec::new(),
+        },
         _ => TransferEvent::Lost { message },
     }
 }
@@ -140,6 +143,7 @@ fn refused(status: &tonic::Status) -> TransferEvent {
 fn event_of(event: Wire) -> TransferEvent {
     match event {
         Wire::Progress(p) => TransferEvent::Progress(Progress {
+            is_unpacking: p.stage() == Stage::Unpacking,
             total: p.total_bytes,
             transferred: p.transferred_bytes,
             reused: p.reused_bytes,
@@ -152,12 +156,16 @@ fn event_of(event: Wire) -> TransferEvent {
             reused: d.reused_bytes,
             source_nodes: d.source_nodes,
             lying_nodes: d.lying_nodes,
+            is_unpacking: false,
         }),
         // Ended from outside, and wanted again since: that is no failed attempt.
         Wire::Failed(f) if f.cause() == Cause::Cancelled => TransferEvent::Lost { message: f.message },
-        Wire::Failed(f) => {
-            TransferEvent::Failed { reason: reason_of(f.cause()), message: f.message, retryable: f.retryable }
-        }
+        Wire::Failed(f) => TransferEvent::Failed {
+            reason: reason_of(f.cause()),
+            message: f.message,
+            retryable: f.retryable,
+            lying_nodes: f.lying_nodes,
+        },
     }
 }
 

@@ -41,10 +41,13 @@ fn what_stands_unpacked_does_not_move_where_layers_are_discarded() {
         for layer in shared {
             assert!(!content.contains(&layer.digest), "{version} keeps {}", layer.digest);
         }
+        let mut session = block_on(target.session());
+        block_on(session.inventory());
         let done = target.import("t", &second, wanted.digest(), &[&holder]).unwrap();
-        let left_out: u64 = shared.iter().map(|layer| layer.size).sum();
-        assert_eq!(done.reused_bytes, i64::try_from(left_out).unwrap(), "{version}");
+        let bytes: u64 = shared.iter().map(|layer| layer.size).sum();
+        assert_eq!(done.reused_bytes, i64::try_from(bytes).unwrap(), "{version}");
         assert_eq!(done.transferred_bytes, done.total_bytes - done.reused_bytes, "{version}");
+        block_on(session.until_has(wanted.digest(), |manifest| !manifest.complete && manifest.unpacked));
         // What the other image alone keeps goes with it.
         let names = target.daemon.ctr(&["images", "ls", "-q"]).unwrap();
         let before_id = &before.host().unwrap().config.digest;

@@ -83,13 +83,13 @@ impl Session {
         }
     }
 
-    /// Waits until the node has a complete image of this target.
-    pub async fn until_has(&mut self, digest: &str) {
+    /// Waits until the node has an image of this target, of which the agent tells what is wanted.
+    pub async fn until_has(&mut self, digest: &str, is_wanted: impl Fn(&v1::Manifest) -> bool) {
         loop {
             let Message::Delta(delta) = self.next().await else { panic!("then deltas") };
             let is = |image: &v1::Image| {
                 image.target.as_ref().is_some_and(|target| target.digest == digest)
-                    && image.manifests.iter().any(|manifest| manifest.complete)
+                    && image.manifests.iter().any(&is_wanted)
             };
             if delta.upserted.iter().any(is) {
                 return;

@@ -154,6 +154,9 @@ fn the_names_that_people_type_hold() {
     );
     assert!(output.contains("containerPort: 8080") && output.contains("port: 9090"), "{output}");
     assert!(output.contains("image: \"localhost/tote:0.1.0\""), "the tag is the crates' version");
+    assert!(output.contains("- --max-image-size=2Gi\n"), "what the README says: {output}");
+    let unbounded = template(&["config.images.maxSize="]).unwrap();
+    assert!(!unbounded.contains("--max-image-size"), "{unbounded}");
 }
 
 /// The certificate authority may be cert-manager's; then its Secret is what the controller follows and may read.

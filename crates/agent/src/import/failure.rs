@@ -174,6 +174,7 @@ impl From<&Failure> for v1::Failed {
             cause: failure.cause().into(),
             message: failure.to_string(),
             retryable: failure.is_retryable(),
+            lying_nodes: Vec::new(),
         }
     }
 }

@@ -127,6 +127,7 @@ impl From<&State> for v1::ImportEvent {
     fn from(State { progress, outcome }: &State) -> Self {
         use v1::import_event::Event;
         let source_nodes = progress.sources.iter().cloned().collect();
+        let lying_nodes = progress.liars.iter().cloned().collect();
         let event = match outcome {
             None => Event::Progress(v1::Progress {
                 stage: progress.stage.into(),
@@ -142,9 +143,9 @@ impl From<&State> for v1::ImportEvent {
                 source_nodes,
                 image_id: imported.image_id.to_string(),
                 names: imported.names.clone(),
-                lying_nodes: progress.liars.iter().cloned().collect(),
+                lying_nodes,
             }),
-            Some(Err(failure)) => Event::Failed(failure.into()),
+            Some(Err(failure)) => Event::Failed(v1::Failed { lying_nodes, ..failure.into() }),
         };
         Self { event: Some(event) }
     }

@@ -1,7 +1,9 @@
 //! The inventory over the fake containerd: what is told, and when.
 
+use std::time::SystemTime;
+
 use super::*;
-use crate::containerd::Fake;
+use crate::containerd::{FAKE_SNAPSHOTTER, Fake, Lease};
 use crate::testing::{Blobs, tar};
 
 const NAME: &str = "registry.test/a:1";
@@ -34,6 +36,59 @@ async fn tells_what_is_complete() {
     }
     fake.remove_blob(&image.manifest.digest);
     assert_eq!(scan(&fake).await[&image.target.digest].manifests, []);
+}
+
+/// Unpacks so many of its layers.
+async fn unpack(fake: &Fake, image: &Blobs, layers: usize) {
+    let lease = Lease { id: "lease".to_owned(), transfer: "t".to_owned() };
+    fake.create_lease(&lease, SystemTime::now()).await.unwrap();
+    for at in 0..layers {
+        fake.unpack(&lease.id, FAKE_SNAPSHOTTER, image.layer(at), 0).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn tells_what_stands_unpacked_though_layers_are_missing() {
+    let fake = Fake::default();
+    let image = Blobs::image(&[tar(&[("a", b"1")]), tar(&[("b", b"2")])]).indexed();
+    image.pull_into(&fake, NAME);
+    unpack(&fake, &image, 2).await;
+    let mut scanner = Scanner::new(Arc::new(fake.clone()), None);
+    let mut told = async |calls: u32| {
+        fake.die_after(Some(calls));
+        let told = scanner.scan().await.unwrap()[&image.target.digest].manifests[0].clone();
+        fake.die_after(None);
+        (told.complete, told.unpacked)
+    };
+    assert_eq!(told(99).await, (true, false), "it is not asked");
+    assert_eq!(told(2).await, (true, false), "for records and blobs alone");
+    for layer in &image.layers {
+        fake.remove_blob(&layer.digest);
+    }
+    assert_eq!(told(99).await, (false, true));
+    assert_eq!(told(3).await, (false, true), "the snapshotter is known by now");
+    fake.remove_blob(&image.config.digest);
+    assert_eq!(told(2).await, (false, false), "without its config");
+    fake.put(&image.bytes[&image.config.digest], [].into());
+    assert_eq!(told(99).await, (false, true));
+    fake.remove_snapshots();
+    assert_eq!(told(99).await, (false, false), "at the next scan, though no event tells");
+}
+
+#[tokio::test]
+async fn what_is_unpacked_in_part_or_nobody_knows_where_is_not_unpacked() {
+    let image = Blobs::image(&[tar(&[("a", b"1")]), tar(&[("b", b"2")])]);
+    let (in_part, unsettled) = (Fake::default(), Fake::default());
+    for (fake, layers) in [(&in_part, 1), (&unsettled, 2)] {
+        image.pull_into(fake, NAME);
+        unpack(fake, &image, layers).await;
+        fake.remove_blob(&image.layers[0].digest);
+    }
+    unsettled.set_no_snapshotter("CRI does not tell");
+    for fake in [in_part, unsettled] {
+        let told = scan(&fake).await[&image.target.digest].manifests[0].clone();
+        assert_eq!((told.complete, told.unpacked), (false, false));
+    }
 }
 
 #[tokio::test]

@@ -116,6 +116,31 @@ async fn a_source_that_lies_is_named_and_another_is_tried() {
     }
 }
 
+/// Where the import fails for another blob, or for want of space, who lied of the first is named all the same.
+#[tokio::test]
+async fn a_source_that_lied_is_named_though_something_else_fails() {
+    let image = image();
+    let (first, second) = (&image.layers[0].digest, &image.layers[1].digest);
+    for is_full in [false, true] {
+        let (liar, honest) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+        let target = Fake::default();
+        liar.trick(&image.config.digest, Trick::Wrong);
+        for peer in [&liar, &honest] {
+            peer.trick(second, Trick::Status(404));
+        }
+        if is_full {
+            target.free_bytes(50_000); // Room for the documents.
+        }
+        let (outcome, lies) = told(&target, &image, &[&liar, &honest]).await;
+        let failed = outcome.unwrap_err();
+        let cause = if is_full { Cause::DiskFull } else { Cause::NoSource };
+        assert_eq!(failed.cause(), cause, "{}", failed.message);
+        assert_eq!(failed.lying_nodes, [liar.node.clone()], "{}", failed.message);
+        assert_eq!(lies, [counted(&liar)]);
+        assert!(!is_full || honest.asked(first) == 0);
+    }
+}
+
 /// An image that lies of its own blobs.
 struct Bad {
     what: &'static str,

@@ -19,12 +19,14 @@ mod standing;
 
 use std::time::Duration;
 
+use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::{Containerd as _, FAKE_SNAPSHOTTER, Fake};
-use tote_agent::import::Failure;
+use tote_agent::import::{Context, Failure, Imports, Lifetimes};
 use tote_agent::testing::{Blobs, noise, tar};
-use tote_rpc::v1::Cause;
+use tote_rpc::v1::import_event::Event;
+use tote_rpc::v1::{self, Cause, Stage};
 
-use peers::{Peer, agent, import, request};
+use peers::{Peer, Trick, agent, context, import, request};
 
 const NAME: &str = "registry.test/team/app:1";
 
@@ -92,6 +94,45 @@ async fn an_image_arrives_whole() {
         assert_eq!(done.names.len(), 3);
         check_complete(&target, &image, NAME).await;
     }
+}
+
+/// Each stage lasts until it is seen.
+#[tokio::test]
+async fn the_stages_are_told_in_order() {
+    let image = image();
+    let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
+    peer.trick(&image.config.digest, Trick::Hang);
+    target.set_unpacks(false);
+    target.set_cri_blind(true);
+    let context =
+        Context { visible_within: Duration::from_secs(20), ..context(&target, Bandwidth::default()) };
+    let imports = Imports::new(context, Lifetimes::default());
+    let mut attached = imports.attach(request("t", NAME, &image, &[&peer])).unwrap();
+    let mut told = Vec::new();
+    let all = async {
+        loop {
+            attached.states.changed().await.unwrap();
+            let event = v1::ImportEvent::from(&*attached.states.borrow_and_update()).event;
+            let Some(Event::Progress(progress)) = event else { break event };
+            if told.last() == Some(&progress.stage()) {
+                continue;
+            }
+            told.push(progress.stage());
+            match progress.stage() {
+                Stage::Resolving => {
+                    peer.behave();
+                    peer.trick(&image.layers[0].digest, Trick::Hang);
+                }
+                Stage::Moving => peer.behave(),
+                Stage::Unpacking => target.set_unpacks(true),
+                Stage::Publishing => target.set_cri_blind(false),
+                Stage::Unspecified => {}
+            }
+        }
+    };
+    let end = tokio::time::timeout(Duration::from_secs(20), all).await;
+    assert_eq!(told, [Stage::Resolving, Stage::Moving, Stage::Unpacking, Stage::Publishing]);
+    assert!(matches!(end, Ok(Some(Event::Done(_)))), "{end:?}");
 }
 
 #[tokio::test]

@@ -95,7 +95,7 @@ async fn a_transfer_that_is_started_again_while_others_are_swept_keeps_its_lease
     let kept = target.leases().await.unwrap();
     assert_eq!(kept.len(), 2);
     tokio::time::sleep(LIFETIMES.abandoned).await;
-    target.hold_deletions();
+    target.set_deletes(false);
     let sweeping = tokio::spawn({
         let agent = agent.clone();
         async move { agent.sweep().await }
@@ -112,7 +112,7 @@ async fn a_transfer_that_is_started_again_while_others_are_swept_keeps_its_lease
     };
     eventually("both to have begun", async || fresh().await.len() == 2).await;
     let begun = fresh().await;
-    target.let_delete(100);
+    target.set_deletes(true);
     sweeping.await.unwrap().unwrap();
     assert_eq!(fresh().await, begun, "the leases of those that run");
     for mut attached in again {

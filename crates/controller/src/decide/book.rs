@@ -43,6 +43,8 @@ pub(super) struct Book {
     corrected: Option<Timestamp>,
     /// When progress may be written.
     pub(super) progress_after: Option<Timestamp>,
+    /// Since when its agent has been at nothing but unpacking.
+    pub(super) unpacking: Option<Timestamp>,
     /// No deletion before this time: one was asked for.
     pub(super) delete_after: Option<Timestamp>,
     /// Since when nobody has waited for it.
@@ -114,6 +116,18 @@ impl Book {
             _ => self.pause(now),
         }
         self.heard.take().is_some_and(|heard| self.correct(*heard, now))
+    }
+
+    /// Has the status say that layers are being unpacked, once that has taken as long as progress goes unwritten: most images
+    /// are there by then, and need no write for it.
+    pub(super) fn tell_unpacking(&self, job: &mut Job, now: Timestamp, again: &mut Option<Timestamp>) {
+        let Some(since) = self.unpacking else { return };
+        let due = after(since, PROGRESS_SECONDS);
+        if due > now {
+            sooner(again, due);
+        } else if job.reason() != status::UNPACKING {
+            status::unpacking(job, now);
+        }
     }
 
     /// The leader before this one may have seen the end of a job: then that is its end.

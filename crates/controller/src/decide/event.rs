@@ -186,6 +186,8 @@ pub enum TransferEvent {
         message: String,
         /// Whether another attempt may succeed.
         retryable: bool,
+        /// Nodes that gave bytes that are not what was asked for.
+        lying_nodes: Vec<String>,
     },
     /// The stream broke, or could not be opened: the transfer may be running nevertheless.
     Lost {

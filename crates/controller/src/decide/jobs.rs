@@ -37,13 +37,14 @@ const UNWANTED_SECONDS: i64 = 10;
 
 impl State {
     pub(super) fn apply_transfer(&mut self, uid: &str, stream: u64, event: TransferEvent, now: Timestamp) {
-        let Some((job, _)) = self.jobs.get_mut(uid) else { return };
+        let Some((job, book)) = self.jobs.get_mut(uid) else { return };
         if !matches!(job.run, Run::Running { stream: own, .. } if own == stream) {
             return;
         }
         match event {
             TransferEvent::Progress(progress) => {
                 job.lost = 0;
+                book.unpacking = progress.is_unpacking.then(|| book.unpacking.unwrap_or(now));
                 let progress = job.in_all(progress);
                 status::progress(job, &progress);
             }
@@ -56,7 +57,8 @@ impl State {
                 let moved = u64::try_from(progress.transferred).unwrap_or(0);
                 self.actions.push(Action::Count(Count::Success(took, moved)));
             }
-            TransferEvent::Failed { reason, message, retryable } => {
+            TransferEvent::Failed { reason, message, retryable, lying_nodes } => {
+                job.blame(lying_nodes);
                 let limit = job.spec.backoff_limit.unwrap_or(BACKOFF_LIMIT);
                 let attempts = job.status.attempts;
                 job.fresh = true;
@@ -198,7 +200,12 @@ impl State {
             sooner(again, at);
         }
         match plan.step {
-            Step::Rest | Step::Keep => status::observe(job),
+            Step::Rest | Step::Keep => {
+                status::observe(job);
+                if matches!(job.run, Run::Running { .. }) {
+                    book.tell_unpacking(job, now, again);
+                }
+            }
             Step::BackOff => {
                 if let Run::BackOff { message, .. } = &job.run {
                     let message = message.clone();
@@ -283,6 +290,7 @@ impl State {
             self.actions.push(Action::Count(Count::Attempt));
         }
         book.inherited = false;
+        book.unpacking = None;
         if job.status.start_time.is_none() {
             book.progress_after = Some(after(now, FIRST_PROGRESS_SECONDS));
         }

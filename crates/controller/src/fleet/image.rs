@@ -28,6 +28,8 @@ pub struct Manifest {
     pub platform: Platform,
     /// Whether config and layers are all there.
     pub complete: bool,
+    /// Whether containers can be made of it although it is not complete: it stands unpacked.
+    pub unpacked: bool,
     /// Config and layers that are not there; `None` if some are, and the agent does not tell which.
     pub missing: Option<BTreeSet<Digest>>,
     /// Bytes of manifest, config and layers, compressed.
@@ -75,6 +77,7 @@ impl Image {
                         digest: m.digest.parse().ok()?,
                         platform: platform(m.platform.as_ref()),
                         complete: m.complete,
+                        unpacked: m.unpacked,
                         missing: missing(m),
                         size: u64::try_from(m.size).unwrap_or_default(),
                         created: m.created.max(0),
@@ -98,6 +101,11 @@ impl Image {
             })
             .min()
             .unwrap_or(Holder::Incomplete)
+    }
+
+    /// Whether containers can be made of `digest` on a node of `platform`: its blobs are all there, or it stands unpacked.
+    pub(super) fn is_usable(&self, digest: &Digest, platform: &Platform) -> bool {
+        self.suiting(digest, Some(platform)).any(|m| m.complete || m.unpacked)
     }
 
     /// The manifests that `digest` (of the target or of one of them) is, for `platform`.

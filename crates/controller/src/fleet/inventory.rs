@@ -363,11 +363,20 @@ impl Inventory {
         images.flat_map(|image| image.references()).map(AsRef::as_ref).collect()
     }
 
-    /// The target of the record `name` on a node, if the image behind it is complete for that node.
+    /// Whether containers can be made of `digest` (of an index or a manifest) on a node, under whatever name.
+    pub fn is_on(&self, node_name: &str, digest: &Digest) -> bool {
+        let Some(node) = self.nodes.get(node_name).filter(|node| !node.runtime_down) else { return false };
+        let held = self.by_digest.get(digest).into_iter().flatten();
+        let mut images =
+            held.filter(|(name, _)| **name == *node_name).filter_map(|(_, target)| node.images.get(target));
+        images.any(|image| image.is_usable(digest, &node.platform))
+    }
+
+    /// The target of the record `name` on a node, if containers can be made there of the image behind it.
     pub fn present(&self, node_name: &str, name: &str) -> Option<&Digest> {
         let node = self.nodes.get(node_name)?;
         let target = self.by_name.get(name)?.get(node_name)?;
         let image = node.images.get(target)?;
-        (image.held(target, Some(&node.platform)) == Holder::Complete).then_some(target)
+        image.is_usable(target, &node.platform).then_some(target)
     }
 }

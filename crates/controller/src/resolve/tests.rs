@@ -29,6 +29,7 @@ fn fleet(items: &[(&str, u8, &str, &str, bool)]) -> Inventory {
                     digest: digest(*target + 100),
                     platform: Platform::new("linux", architecture, ""),
                     complete: *complete,
+                    unpacked: false,
                     size: 1 << 20,
                     missing: None,
                     created: 0,
@@ -109,6 +110,42 @@ fn what_the_target_has_needs_no_source() {
 }
 
 #[test]
+fn what_stands_unpacked_on_the_target_needs_no_source_and_is_none() {
+    let held = |node: &str, architecture: &str, unpacked: bool| {
+        let mut fleet = fleet(&[]);
+        let manifest = Manifest {
+            digest: digest(101),
+            platform: Platform::new("linux", architecture, ""),
+            complete: false,
+            unpacked,
+            size: 1 << 20,
+            missing: Some([digest(11)].into()),
+            created: 0,
+            image_id: None,
+            pulled: None,
+        };
+        let names = vec!["r.test/other:1".into()];
+        fleet.upsert(&node.into(), Image { target: digest(1), names, manifests: vec![manifest] });
+        fleet
+    };
+    for n in [1, 101] {
+        let name = format!("r.test/x@{}", digest(n));
+        let (sources, why) = (vec![], Why::Pinned);
+        let on_target = Resolution::Found { digest: digest(n), why, sources, on_target: true };
+        assert_eq!(ask(&name, &held("c", "amd64", true)), on_target);
+        for (node, architecture, unpacked) in
+            [("c", "amd64", false), ("c", "arm64", true), ("a", "amd64", true)]
+        {
+            let found = ask(&name, &held(node, architecture, unpacked));
+            assert!(matches!(found, Resolution::Missing(_)), "{node} {architecture} {unpacked}: {found:?}");
+        }
+        let mut down = held("c", "amd64", true);
+        down.set_runtime_down(&"c".into(), true);
+        assert!(matches!(ask(&name, &down), Resolution::Missing(_)), "its containerd does not answer");
+    }
+}
+
+#[test]
 fn a_set_source_excludes_the_others() {
     let f = fleet(&[("a", 1, "r.test/x:1", "amd64", true), ("b", 1, "r.test/x:1", "amd64", true)]);
     let reference = "r.test/x:1".parse().unwrap();
@@ -148,6 +185,7 @@ fn the_newest_is_taken_by_policy_and_only_if_it_is_known_which() {
                 digest: digest(n + 100),
                 platform,
                 complete: node != "c",
+                unpacked: false,
                 size: 1 << 20,
                 missing: None,
                 created: *created,
@@ -214,6 +252,7 @@ fn what_nodes_hold_between_them_is_found() {
                 digest: digest(101),
                 platform: Platform::new("linux", "amd64", ""),
                 complete: false,
+                unpacked: false,
                 size: 1 << 20,
                 missing: (!missing.is_empty()).then(|| missing.iter().map(|n| digest(*n)).collect()),
                 created: 0,

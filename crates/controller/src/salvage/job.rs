@@ -9,11 +9,15 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use tote_api::{Phase, SalvageJobSpec, SalvageJobStatus};
 use tote_image::{Digest, Reference};
+use tote_rpc::identity::is_node_name;
 
 use crate::fleet::NodeName;
 
 /// The most sources of a failed job that are remembered.
 pub const MAX_HELD_BY: usize = 64;
+
+/// The most nodes that lied of which a job remembers.
+const MAX_LIARS: usize = 64;
 
 /// A job and its transfer.
 #[derive(Clone, Debug)]
@@ -49,6 +53,8 @@ pub struct Job {
     pub lost: u32,
     /// The sources of its failed attempts: the next one asks others first.
     pub tried: BTreeSet<NodeName>,
+    /// Nodes that gave one of its attempts under this controller bytes that are not what was asked for.
+    pub liars: BTreeSet<String>,
     /// The nodes that held its image when it failed; not known of a job that failed under an earlier controller.
     pub held_by: Option<BTreeSet<NodeName>>,
     /// Bytes that attempts before this one moved.
@@ -114,6 +120,8 @@ pub struct Progress {
     pub source_nodes: Vec<String>,
     /// Nodes that gave bytes that are not what was asked for.
     pub lying_nodes: Vec<String>,
+    /// Whether every blob is there, and layers are being unpacked.
+    pub is_unpacking: bool,
 }
 
 impl Job {
@@ -143,12 +151,24 @@ impl Job {
             confirmed: false,
             lost: 0,
             tried: BTreeSet::new(),
+            liars: BTreeSet::new(),
             held_by: None,
             carried: 0,
         }
     }
 
-    /// What an attempt says, with what those before it moved: for a later one that is on the target already.
+    /// Remembers who lied to an attempt.
+    pub fn blame(&mut self, nodes: Vec<String>) {
+        let nodes = nodes.into_iter().filter(|node| is_node_name(node));
+        for node in nodes {
+            if self.liars.len() < MAX_LIARS {
+                self.liars.insert(node);
+            }
+        }
+    }
+
+    /// What an attempt says, with what those before it moved, and who lied to them: for a later one that is on the target
+    /// already.
     pub fn in_all(&self, attempt: Progress) -> Progress {
         let known = self.status.transfer.map_or(0, |transfer| transfer.transferred_bytes);
         let transferred = known.max(attempt.transferred.saturating_add(self.carried));
@@ -160,7 +180,9 @@ impl Job {
             source_nodes.dedup();
         }
         let reused = attempt.reused.saturating_sub(earlier).max(0);
-        Progress { transferred, reused, source_nodes, ..attempt }
+        let lying_nodes: BTreeSet<String> = attempt.lying_nodes.iter().chain(&self.liars).cloned().collect();
+        let lying_nodes = lying_nodes.into_iter().collect();
+        Progress { transferred, reused, source_nodes, lying_nodes, ..attempt }
     }
 
     /// Its phase; Pending before the first status.

@@ -41,7 +41,7 @@ pub enum Step {
         digest: Digest,
         /// Why this.
         why: Why,
-        /// Where it is to be had; empty if the target holds every blob.
+        /// Where it is to be had; empty if the target holds every blob, or has it unpacked.
         sources: Vec<Source>,
         /// Why the namespace may have it.
         access: Access,

@@ -1,5 +1,7 @@
 //! How a job's status reads. Conditions keep the time of their last transition.
 
+use std::fmt::Display;
+
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use tote_api::names::condition;
@@ -14,6 +16,12 @@ use crate::text;
 /// The longest message of a condition, in bytes: that of an event's note, which says the same (metav1.Condition allows
 /// 32 KiB; a screen does not).
 const MAX_MESSAGE: usize = text::MAX_NOTE;
+
+/// The reason while layers are being unpacked, and nothing moves any more.
+pub const UNPACKING: &str = "Unpacking";
+
+/// The most bytes of the names of nodes that lied.
+const MAX_LIARS: usize = 600;
 
 /// The most names of pods in a status.
 const MAX_PODS: usize = 10;
@@ -55,6 +63,8 @@ fn set(status: &mut SalvageJobStatus, type_: &str, value: &str, reason: &str, me
 /// Puts the job into `phase` for `reason`.
 pub fn enter(job: &mut Job, phase: Phase, reason: &str, message: &str, now: Timestamp) {
     let before = job.status.phase;
+    let with_liars = failed_message(job, phase, reason, message);
+    let message = with_liars.as_deref().unwrap_or(message);
     let suspended = matches!(reason, "Suspended" | "Disabled");
     let status = &mut job.status;
     status.observed_generation = Some(job.generation);
@@ -160,15 +170,39 @@ pub fn progress(job: &mut Job, progress: &Progress) {
     });
 }
 
+/// Notes that all has been moved and layers are being unpacked, of which no count tells.
+pub fn unpacking(job: &mut Job, now: Timestamp) {
+    let image = text::image(&job.spec.image, job.status.digest.as_deref().unwrap_or_default());
+    let node = &job.spec.node_name;
+    let message = format!("all blobs are on node {node}, which is unpacking layers of {image}");
+    enter(job, Phase::Transferring, UNPACKING, &message, now);
+}
+
 /// Words for a job that is Imported. The image comes last: it is the one that can be long.
 pub fn imported_message(job: &Job, progress: &Progress) -> String {
     let digest = job.status.digest.as_deref().unwrap_or_default();
     let moved = super::plan::moved(progress.transferred, &progress.source_nodes);
-    let lied = match &progress.lying_nodes[..] {
-        [] => String::new(),
-        nodes => format!(" (wrong bytes came from {}, and were thrown away)", text::list(nodes)),
-    };
+    let lied = lied(&progress.lying_nodes);
     format!("{digest} is on node {}, {moved}{lied}, as {}", job.spec.node_name, job.spec.image)
+}
+
+/// Words for a failed attempt, or the last one, if any attempt was lied to. That is said however long the rest is.
+fn failed_message(job: &Job, phase: Phase, reason: &str, message: &str) -> Option<String> {
+    let has_failed = phase == Phase::Failed || reason == "Retrying";
+    if !has_failed || job.liars.is_empty() {
+        return None;
+    }
+    let lied = lied(&job.liars.iter().collect::<Vec<_>>());
+    let room = MAX_MESSAGE.saturating_sub(lied.len());
+    Some(format!("{}{lied}", text::bounded(message, room)))
+}
+
+fn lied<T: Display>(nodes: &[T]) -> String {
+    if nodes.is_empty() {
+        return String::new();
+    }
+    let nodes = text::bounded(&text::list(nodes), MAX_LIARS);
+    format!(" (wrong bytes came from {nodes}, and were thrown away)")
 }
 
 /// Notes that a pod was woken.
@@ -250,8 +284,14 @@ mod tests {
         job.status.digest = Some(DIGEST.to_owned());
         let sources = vec!["worker-7".to_owned(), "s".repeat(253), "t".repeat(253)];
         let liars = vec!["worker-8".to_owned()];
-        let done =
-            Progress { total: 9, transferred: 9, reused: 0, source_nodes: sources, lying_nodes: liars };
+        let done = Progress {
+            total: 9,
+            transferred: 9,
+            reused: 0,
+            source_nodes: sources,
+            lying_nodes: liars,
+            ..Progress::default()
+        };
         let (began, ended) = (Timestamp::UNIX_EPOCH, Timestamp::from_second(60).unwrap());
         enter(&mut job, Phase::Transferring, "Transferring", "", began);
         progress(&mut job, &done);
@@ -269,6 +309,43 @@ mod tests {
         }
         assert_eq!(job.status.source_nodes[0], "worker-7");
         assert_eq!(job.status.completion_time.as_ref().map(|time| time.0), Some(ended));
+    }
+
+    #[test]
+    fn a_failure_names_who_lied_however_long_it_is() {
+        let mut job = long();
+        let (now, long) = (Timestamp::UNIX_EPOCH, "what went wrong. ".repeat(100));
+        enter(&mut job, Phase::Failed, "DiskFull", &long, now);
+        assert!(!condition(&job, condition::IMPORTED).message.contains("wrong bytes"));
+        job.blame(vec!["worker-8".to_owned(), "n".repeat(253), "no node's name".to_owned()]);
+        job.blame((0..1000).map(|n| format!("z{n}")).collect());
+        for (phase, reason, named) in [
+            (Phase::Transferring, "Retrying", true),
+            (Phase::Transferring, "Transferring", false),
+            (Phase::Failed, "DiskFull", true),
+        ] {
+            enter(&mut job, phase, reason, &long, now);
+            fits(&job);
+            let told = condition(&job, condition::IMPORTED).message;
+            assert!(told.starts_with("what went wrong."), "{told}");
+            for part in ["wrong bytes came from ", "worker-8", " and 59 more", ", and were thrown away"] {
+                assert_eq!(told.contains(part), named, "{reason}: {part} in {told}");
+            }
+        }
+    }
+
+    #[test]
+    fn unpacking_is_said_with_its_node_however_long_the_image() {
+        let mut job = long();
+        job.status.digest = Some(DIGEST.to_owned());
+        let (began, now) = (Timestamp::UNIX_EPOCH, Timestamp::from_second(60).unwrap());
+        enter(&mut job, Phase::Transferring, "Transferring", "", began);
+        unpacking(&mut job, now);
+        fits(&job);
+        assert_eq!((job.phase(), job.reason()), (Phase::Transferring, "Unpacking"));
+        let told = condition(&job, condition::RECONCILING);
+        assert_eq!((told.status.as_str(), told.last_transition_time.0), ("True", began));
+        assert!(told.message.contains(&job.spec.node_name), "{}", told.message);
     }
 
     #[test]

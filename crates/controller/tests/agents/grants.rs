@@ -1,17 +1,21 @@
 //! What the sources of a transfer are told, and when.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tonic::Code;
-use tote_controller::decide::{Event, TransferEvent};
+use tote_controller::decide::{Action, Event, TransferEvent};
 use tote_controller::fleet::{FleetEvent, Grants};
+use tote_controller::perform::Performer;
+use tote_controller::salvage::Source;
 use tote_controller::transfer;
+use tote_image::Digest;
 use tote_rpc::v1::{self, import_event};
 
-use crate::played::{Bench, DEADLINE, Played, bench, serve, until_heard};
+use crate::played::{Bench, DEADLINE, Played, bench, serve, silent, term, until_heard};
 
 /// Sessions with a target and two sources.
 async fn three(target: &Played, one: &Played, two: &Played) -> (Bench, Vec<SocketAddr>) {
@@ -74,6 +78,35 @@ async fn sources_are_told_before_a_transfer_and_after_it() {
         assert_eq!(heard(source), ["grant t-1 to target", "revoke t-1"]);
     }
     assert_eq!(heard(&target), ["import t-1 from one two"]);
+}
+
+/// What was decided is what the agent is asked for.
+#[tokio::test]
+async fn an_import_is_asked_for_with_the_size_that_it_may_have() {
+    let target = Played { import: Ok(done()), ..Played::new("target") };
+    let (bench, addresses) = three(&target, &Played::new("one"), &Played::new("two")).await;
+    let (events, mut heard_of) = mpsc::channel(64);
+    let agents = (bench.agents.clone(), DEADLINE);
+    let mut performer = Performer::new(silent(), "me", agents, term(), events, (Arc::default(), None, None));
+    performer.perform(Action::Import {
+        uid: "uid".into(),
+        stream: 3,
+        node: "target".into(),
+        transfer_id: "t-1".to_owned(),
+        reference: "r.test/x:1".to_owned(),
+        digest: Digest::sha256(b"x"),
+        sources: vec![Source {
+            node: "one".into(),
+            address: addresses[1].to_string(),
+            last_resort: false,
+            relay: false,
+        }],
+        pulled: None,
+        max_bytes: 2 << 30,
+    });
+    let event = timeout(DEADLINE, heard_of.recv()).await.unwrap();
+    assert!(matches!(event, Some(Event::Transfer { event: TransferEvent::Done(_), .. })), "{event:?}");
+    assert_eq!(heard(&target), ["import t-1 from one, 2147483648 bytes at most"]);
 }
 
 /// One that is getting the image itself may not know it yet; the others must.

@@ -112,30 +112,42 @@ async fn follow(import: Result<Vec<import_event::Event>, tonic::Code>) -> Vec<Tr
 #[tokio::test]
 async fn a_transfer_is_followed_to_its_end() {
     let progress = v1::Progress { total_bytes: 9, transferred_bytes: 4, ..v1::Progress::default() };
+    let unpacking = v1::Progress { stage: v1::Stage::Unpacking.into(), ..progress.clone() };
     let done = v1::Done { total_bytes: 9, transferred_bytes: 9, ..v1::Done::default() };
-    let events = vec![import_event::Event::Progress(progress), import_event::Event::Done(done)];
+    let said = [progress, unpacking].map(import_event::Event::Progress);
+    let events = said.into_iter().chain([import_event::Event::Done(done)]).collect();
     let all = follow(Ok(events)).await;
     assert!(
-        matches!(&all[..], [TransferEvent::Progress(p), TransferEvent::Done(d)]
-            if (p.transferred, d.transferred) == (4, 9)),
+        matches!(&all[..], [TransferEvent::Progress(p), TransferEvent::Progress(u), TransferEvent::Done(d)]
+            if (p.transferred, d.transferred) == (4, 9) && !p.is_unpacking && u.is_unpacking),
         "{all:?}"
     );
 }
 
 #[tokio::test]
 async fn a_failure_keeps_its_cause() {
-    let failed = v1::Failed { cause: v1::Cause::DiskFull.into(), message: "full".into(), retryable: true };
+    let failed = v1::Failed {
+        cause: v1::Cause::DiskFull.into(),
+        message: "full".into(),
+        retryable: true,
+        lying_nodes: vec!["n3".to_owned()],
+    };
     let all = follow(Ok(vec![import_event::Event::Failed(failed)])).await;
     assert!(
-        matches!(&all[..], [TransferEvent::Failed { reason: "DiskFull", message, retryable: true }]
-            if message == "full"),
+        matches!(&all[..], [TransferEvent::Failed { reason: "DiskFull", message, retryable: true, lying_nodes }]
+            if message == "full" && lying_nodes == &["n3"]),
         "{all:?}"
     );
 }
 
 #[tokio::test]
 async fn a_transfer_that_was_cancelled_is_no_failed_attempt() {
-    let failed = v1::Failed { cause: v1::Cause::Cancelled.into(), message: "ended".into(), retryable: true };
+    let failed = v1::Failed {
+        cause: v1::Cause::Cancelled.into(),
+        message: "ended".into(),
+        retryable: true,
+        ..Default::default()
+    };
     let all = follow(Ok(vec![import_event::Event::Failed(failed)])).await;
     assert!(matches!(&all[..], [TransferEvent::Lost { message }] if message == "ended"), "{all:?}");
 }

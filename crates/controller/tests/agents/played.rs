@@ -122,7 +122,11 @@ impl Agent for Played {
             format!(" {}{relay}{last}", source.node_name)
         });
         let from = if request.sources.is_empty() { "" } else { " from" };
-        self.heard(format!("import {}{from}{}", request.transfer_id, sources.collect::<String>()));
+        let most = match request.max_bytes {
+            0 => String::new(),
+            most => format!(", {most} bytes at most"),
+        };
+        self.heard(format!("import {}{from}{}{most}", request.transfer_id, sources.collect::<String>()));
         if self.hang {
             return Ok(Response::new(stream::pending().boxed()));
         }

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, stream};
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{broadcast, watch};
 use tote_image::{Descriptor, Digest, Platform, Verifier};
 
 use self::store::{Ingesting, Resource, Store};
@@ -29,14 +29,14 @@ pub const SNAPSHOTTER: &str = "overlayfs";
 pub struct Fake {
     store: Arc<Mutex<Store>>,
     changes: broadcast::Sender<Change>,
-    /// Each deletion of a lease waits for one of these.
-    deletions: Arc<Semaphore>,
+    unpacks: watch::Sender<bool>,
+    deletes: watch::Sender<bool>,
 }
 
 impl Default for Fake {
     fn default() -> Self {
-        let deletions = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
-        Self { store: Arc::default(), changes: broadcast::channel(64).0, deletions }
+        let (unpacks, deletes) = (watch::Sender::new(true), watch::Sender::new(true));
+        Self { store: Arc::default(), changes: broadcast::channel(64).0, unpacks, deletes }
     }
 }
 
@@ -78,19 +78,19 @@ impl Fake {
         }
     }
 
-    /// From now on no lease is deleted until [`Self::let_delete`].
-    pub fn hold_deletions(&self) {
-        self.deletions.forget_permits(Semaphore::MAX_PERMITS);
-    }
-
     /// Leases that were to be deleted, or still are.
     pub fn deleted(&self) -> Vec<String> {
         self.lock().deleting.clone()
     }
 
-    /// So many deletions of leases go on.
-    pub fn let_delete(&self, leases: usize) {
-        self.deletions.add_permits(leases);
+    /// Whether it deletes leases; where it does not, that waits.
+    pub fn set_deletes(&self, deletes: bool) {
+        self.deletes.send_replace(deletes);
+    }
+
+    /// Whether it unpacks; where it does not, that waits.
+    pub fn set_unpacks(&self, unpacks: bool) {
+        self.unpacks.send_replace(unpacks);
     }
 
     /// Whether CRI sees images.
@@ -318,9 +318,8 @@ impl Containerd for Fake {
 
     async fn delete_lease(&self, id: &str) -> Result<(), Error> {
         self.lock().deleting.push(id.to_owned());
-        if let Ok(permit) = self.deletions.acquire().await {
-            permit.forget();
-        }
+        // The sender is here.
+        let _ = self.deletes.subscribe().wait_for(|deletes| *deletes).await;
         let mut store = self.call()?;
         store.leases.remove(id);
         store.collect();
@@ -371,6 +370,8 @@ impl Containerd for Fake {
     }
 
     async fn unpack(&self, lease: &str, snapshotter: &str, layer: Layer<'_>, keep: u64) -> Result<(), Error> {
+        // The sender is this one's own.
+        let _ = self.unpacks.subscribe().wait_for(|unpacks| *unpacks).await;
         let mut store = self.call()?;
         let name = (snapshotter.to_owned(), layer.chain.to_string());
         if store.free.is_some_and(|free| free < keep) && !store.snapshots.contains_key(&name) {

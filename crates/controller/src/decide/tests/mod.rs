@@ -10,6 +10,8 @@ mod notes;
 mod owners;
 mod pods;
 mod relays;
+mod told;
+mod unpacked;
 mod upstream;
 
 use serde_json::json;
@@ -45,6 +47,7 @@ fn image(n: u8, names: &[&str], complete: bool) -> Image {
             digest: digest(n + 100),
             platform: Platform::new("linux", "amd64", ""),
             complete,
+            unpacked: false,
             size: 1 << 20,
             missing: None,
             created: 0,
@@ -299,5 +302,5 @@ fn done() -> TransferEvent {
 }
 
 fn failed(retryable: bool) -> TransferEvent {
-    TransferEvent::Failed { reason: "NameConflict", message: "taken".into(), retryable }
+    TransferEvent::Failed { reason: "NameConflict", message: "taken".into(), retryable, lying_nodes: vec![] }
 }

@@ -362,3 +362,20 @@ fn an_image_that_is_too_large_is_said_to_be_and_left_alone() {
     let notes = told(&actions, names::event::IMAGE_NOT_ACTIONABLE);
     assert!(notes[0].contains("1.0 MiB") && notes[0].contains("config.images.maxSize"), "{notes:?}");
 }
+
+/// By its manifest it may be larger than the nodes say.
+#[test]
+fn an_agent_is_told_how_large_an_image_may_be() {
+    for (size, most) in [(Some("2Gi"), 2 << 30), (None, 0)] {
+        let mut bench =
+            Bench::under(|policy| policy.images.max_size = size.map(|size| size.parse().unwrap()));
+        bench.up("a", vec![image(1, &["r.test/x:1"], true)]);
+        bench.waits("p", "b", "r.test/x:1");
+        let actions = bench.decide();
+        let told = actions.iter().find_map(|action| match action {
+            Action::Import { max_bytes, .. } => Some(*max_bytes),
+            _ => None,
+        });
+        assert_eq!(told, Some(most), "{size:?}");
+    }
+}

@@ -90,8 +90,7 @@ fn one_that_starts_again_does_not_wait_for_what_waits_for_it() {
     let first = by_hand(&mut bench, "b");
     by_hand(&mut bench, "c");
     bench.decide();
-    bench
-        .transfer(&first, TransferEvent::Failed { reason: "NoSource", message: "x".into(), retryable: true });
+    bench.transfer(&first, failed(true));
     bench.decide();
     assert_eq!(sources(&bench.pass(5)), [import("b", &["-a a:9090"])]);
 }

@@ -16,6 +16,7 @@ fn image(target: u8, names: &[&str], complete: bool) -> Image {
             digest: digest(target + 100),
             platform: Platform::new("linux", "amd64", ""),
             complete,
+            unpacked: false,
             size: 1 << 20,
             missing: None,
             created: 0,
@@ -49,6 +50,15 @@ fn finds_by_target_and_by_manifest() {
     }
     assert_eq!(f.present("a", "r/x:1"), Some(&digest(1)));
     assert_eq!(f.present("b", "r/x:1"), None, "incomplete is not present");
+    let mut unpacked = image(1, &["r/x:1"], false);
+    unpacked.manifests[0].unpacked = true;
+    f.upsert(&"b".into(), unpacked);
+    assert_eq!(f.present("b", "r/x:1"), Some(&digest(1)), "unless it stands unpacked");
+    assert_eq!(
+        f.holders(&digest(1), Some(&amd64))[&NodeName::from("b")],
+        Holder::Incomplete,
+        "but no source"
+    );
 }
 
 #[test]
