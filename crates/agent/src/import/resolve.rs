@@ -86,6 +86,7 @@ impl Run<'_> {
             }
         };
         check_media_types(&manifest)?;
+        check_sizes(&manifest)?;
         let config = &manifest.config;
         self.brings
             .learn([&config.digest].into_iter().chain(manifest.layers.iter().map(|layer| &layer.digest)));
@@ -272,6 +273,17 @@ fn parse_document(bytes: &[u8]) -> Result<(Document, Labels, String), DocumentEr
 fn too_large(digest: &Digest, size: u64) -> Failure {
     let most = MAX_DOCUMENT_BYTES;
     Failure::Unsupported(format!("blob {digest} of the image has {size} bytes, {most} at most are handled"))
+}
+
+/// What no bytes could be, nobody is asked for.
+fn check_sizes(manifest: &Manifest) -> Result<(), Failure> {
+    match manifest.layers.iter().find(|layer| layer.size == 0 && !layer.digest.matches(b"")) {
+        Some(Descriptor { digest, .. }) => {
+            let message = format!("layer {digest} has 0 bytes, the image says, and that digest is of some");
+            Err(Failure::Unsupported(message))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Only what containerd can unpack and run: no artifacts, no encrypted layers.

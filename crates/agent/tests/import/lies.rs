@@ -232,6 +232,12 @@ fn bad() -> Vec<Bad> {
         disputed("a layer in parts of one byte more", sized(large_image(), "/layers/0", 1), &part),
         disputed("a layer in parts of one byte less", sized(large_image(), "/layers/0", -1), &part),
         disputed("a layer of a part more", sized(large_image(), "/layers/0", 4 << 20), &part),
+        refused(
+            "a layer of no bytes",
+            sized(small.clone(), "/layers/1", -i64::try_from(small.layers[1].size).unwrap()),
+            &first,
+            "has 0 bytes",
+        ),
         refused("an index in an index", nested.clone(), &nested.manifest.digest, "an index within an index"),
         given("an index of too many", wide(1025), "1025 children"),
         Bad {
