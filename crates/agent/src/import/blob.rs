@@ -57,8 +57,9 @@ impl Run<'_> {
         let Some(partial) = self.open(blob).await? else {
             return self.present(blob, &labels).await;
         };
-        let context = self.context.clone();
-        let asked = Asked::new(context, self.wanted.reference.clone(), blob.clone(), self.sources.clone());
+        let (context, states) = (self.context.clone(), self.tracker.subscribe());
+        let (reference, sources) = (self.wanted.reference.clone(), self.sources.clone());
+        let asked = Asked::new(context, reference, blob.clone(), sources, states);
         let mut evidence = Evidence::default();
         let outcome = self.obtain_from(&asked, blob, labels, partial, &mut evidence).await;
         if outcome.is_ok() {

@@ -14,6 +14,7 @@ mod repair;
 mod shared;
 mod sources;
 mod standing;
+mod unsteady;
 
 use std::time::Duration;
 
