@@ -26,6 +26,9 @@ const PIECES: usize = 64;
 /// The longest pause between two rounds over all sources.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
+/// How often it is looked whether others are faster by now.
+const LOOK: Duration = Duration::from_millis(500);
+
 /// What was heard of the sources of one blob.
 #[derive(Debug, Default)]
 pub(super) struct Tried {
@@ -309,11 +312,11 @@ impl Asked {
         let slower = || FetchError::Broken("is much slower than others".to_owned());
         let (wanted, span) = ((Kind::Blob, &self.blob.digest), Span::of(self.blob.size, from, length));
         let opening = fetch::open(&context.peers, source, &self.reference, wanted, span, patience);
-        let failed = match until(late(paid), opening).await {
+        let failed = match until(|| late(paid), opening).await {
             None => Some(slower()),
             Some(Err(error)) => Some(error),
             Some(Ok(mut body)) => loop {
-                match until(late(paid), body.next()).await {
+                match until(|| late(paid), body.next()).await {
                     Some(Ok(Some(bytes))) => {
                         given += bytes.len() as u64;
                         context.metrics.received(bytes.len() as u64);
@@ -334,11 +337,18 @@ impl Asked {
     }
 }
 
-/// What comes of it until then; for ever, if no time is given.
-async fn until<T>(deadline: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
-    match deadline {
-        Some(deadline) => tokio::time::timeout_at(deadline, future).await.ok(),
-        None => Some(future.await),
+/// What comes of it until it is late. When that is may show only meanwhile, so it is asked again and again.
+async fn until<T>(late: impl Fn() -> Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
+    let mut future = std::pin::pin!(future);
+    loop {
+        let look = Instant::now() + LOOK;
+        let next = late().map_or(look, |late| late.min(look));
+        if let Ok(came) = tokio::time::timeout_at(next, &mut future).await {
+            return Some(came);
+        }
+        if late().is_some_and(|late| late <= Instant::now()) {
+            return None;
+        }
     }
 }
 

@@ -86,6 +86,20 @@ async fn one_that_does_not_answer_is_not_asked_for_every_blob() {
     check_complete(&target, &image, NAME).await;
 }
 
+/// However patient one is with those that are alone: it is left for one that has shown meanwhile how fast it is.
+#[tokio::test]
+async fn one_that_does_not_answer_is_left_once_another_is_known() {
+    let image = large();
+    let (hanging, good) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    trick_all(&hanging, &image, &Trick::Hang);
+    let target = Fake::default();
+    let long = Duration::from_secs(600);
+    let agent = agent_of(&target, Patience { head: long, piece: long, ..PATIENCE });
+    import(&agent, request("t", NAME, &image, &[&hanging, &good])).await.unwrap();
+    assert!((1..=3).contains(&asked(&hanging, &image)), "{}", asked(&hanging, &image));
+    check_complete(&target, &image, NAME).await;
+}
+
 /// Nor is a relay that does not: it is looked at, and then left for the sources of last resort.
 #[tokio::test]
 async fn a_relay_that_does_not_answer_is_only_looked_at() {
