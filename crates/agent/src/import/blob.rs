@@ -59,8 +59,9 @@ impl Run<'_> {
         let Some(partial) = self.open(blob).await? else {
             return self.present(blob, &labels).await;
         };
-        let context = self.context.clone();
-        let asked = Asked::new(context, self.wanted.reference.clone(), blob.clone(), wanting);
+        let (context, states) = (self.context.clone(), self.tracker.subscribe());
+        let reference = self.wanted.reference.clone();
+        let asked = Asked::new(context, reference, blob.clone(), wanting, states);
         let mut evidence = Evidence::default();
         let outcome = self.obtain_from(&asked, blob, labels, partial, &mut evidence).await;
         if outcome.is_ok() {

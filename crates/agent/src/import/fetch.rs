@@ -56,6 +56,9 @@ pub enum FetchError {
     /// It does not hold it yet, but a transfer brings it there.
     #[error("is getting it itself")]
     Coming(Arrived),
+    /// It does not let this node have the image; of others that says nothing.
+    #[error("refuses: the controller has not granted this node to read it")]
+    Refused,
     /// It could not be asked, or broke off.
     #[error("{0}")]
     Broken(String),
@@ -221,9 +224,7 @@ async fn ask(
     }
     match response.status() {
         StatusCode::NOT_FOUND => Err(FetchError::Missing),
-        StatusCode::FORBIDDEN => {
-            Err(FetchError::Broken("refuses: the controller has not granted this node to read it".to_owned()))
-        }
+        StatusCode::FORBIDDEN => Err(FetchError::Refused),
         StatusCode::SERVICE_UNAVAILABLE => {
             let arrived = header_of(&response, &HeaderName::from_static(Arrived::HEADER));
             Err(match arrived.and_then(Arrived::parse) {

@@ -16,6 +16,9 @@ use super::underway::Arrived;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_PAUSE: Duration = Duration::from_millis(250);
 
+/// How long a relay that did not answer of late may take to do so.
+const FAILING_HEAD: Duration = Duration::from_millis(500);
+
 /// For so long a relay is watched before it is said how fast the image grows there.
 const WATCHED: Duration = Duration::from_secs(5);
 
@@ -116,28 +119,37 @@ impl Run<'_> {
         loop {
             let (relays, others) = {
                 let named = sources.borrow_and_update();
+                let liars = self.tracker.state().progress.liars;
                 if named.iter().any(|source| !source.relay && !source.last_resort) {
                     return;
                 }
-                named.iter().cloned().partition::<Vec<_>, _>(|source| source.relay)
+                let honest = named.iter().filter(|source| !liars.contains(&source.node)).cloned();
+                honest.partition::<Vec<_>, _>(|source| source.relay)
             };
             if relays.is_empty() || !matches!(self.containerd().blob(&blob.digest).await, Ok(None)) {
                 return; // It is here, perhaps meanwhile.
             }
             let mut waits = false;
             for relay in &relays {
+                let traffic = &self.context.traffic;
                 match self.look(relay, blob).await {
-                    Ok(()) => return,
+                    Ok(()) => return traffic.answered(&relay.node),
                     Err(FetchError::Coming(arrived)) => {
+                        traffic.answered(&relay.node);
                         let (now, growth) = (Instant::now(), self.context.patience.growth);
                         let so_far = (now.duration_since(begun), growth);
-                        let others = self.context.traffic.rate(&others);
+                        let others = traffic.rate(&others);
                         if self.relays.is_worth(&relay.node, (arrived, now), so_far, others) {
                             waits = true;
                             self.brings.waits_for(Some(arrived));
                         }
                     }
-                    Err(error) => tracing::debug!(node = relay.node, %error, "a relay has nothing coming"),
+                    Err(error) => {
+                        tracing::debug!(node = relay.node, %error, "a relay has nothing coming");
+                        if matches!(error, FetchError::Broken(_)) {
+                            traffic.failed(&relay.node);
+                        }
+                    }
                 }
             }
             if !waits {
@@ -155,7 +167,11 @@ impl Run<'_> {
     async fn look(&self, relay: &Source, blob: &Descriptor) -> Result<(), FetchError> {
         let (context, reference) = (self.context, &self.wanted.reference);
         let wanted = (Kind::Blob, &blob.digest);
-        fetch::look(&context.peers, relay, reference, wanted, context.patience).await
+        let mut patience = context.patience;
+        if context.traffic.is_failing(&relay.node) {
+            patience.head = patience.head.min(FAILING_HEAD);
+        }
+        fetch::look(&context.peers, relay, reference, wanted, patience).await
     }
 }
 

@@ -12,6 +12,7 @@ use tote_image::{
 use super::chunk::Tried;
 use super::failure::Failure;
 use super::fetch::{self, FetchError, Kind, Span};
+use super::request::Source;
 use super::run::Run;
 use crate::containerd::{Error, Ingest, Labels, Layer, gc_labels};
 
@@ -86,6 +87,7 @@ impl Run<'_> {
             }
         };
         check_media_types(&manifest)?;
+        check_sizes(&manifest)?;
         let config = &manifest.config;
         self.brings
             .learn([&config.digest].into_iter().chain(manifest.layers.iter().map(|layer| &layer.digest)));
@@ -217,15 +219,22 @@ impl Run<'_> {
     async fn fetched_from(&self, tried: &mut Tried, kind: Kind, digest: &Digest) -> Result<Bytes, Failure> {
         loop {
             let sources = self.sources.borrow().clone();
-            let Some(source) = tried.left(&sources).into_iter().next() else {
-                if !tried.again(&sources, self.context.patience.rounds) {
+            if let Some(begins) = tried.begins() {
+                tokio::time::sleep_until(begins).await;
+            }
+            let chosen = self.first(tried.left(&sources)).and_then(|source| {
+                let round = tried.round_of(&source)?;
+                Some((source, round))
+            });
+            let Some((source, round)) = chosen else {
+                if !tried.again(&sources, &self.context.patience) {
                     return Err(tried.failure(digest));
                 }
-                tokio::time::sleep(tried.pause(self.context.patience.pause)).await;
                 continue;
             };
             match self.whole(&source, kind, digest).await {
                 Ok(bytes) if digest.matches(&bytes) => {
+                    self.context.traffic.answered(&source.node);
                     self.tracker.moved(digest, bytes.len() as u64, &source.node);
                     self.context.metrics.received(bytes.len() as u64);
                     return Ok(bytes);
@@ -233,17 +242,26 @@ impl Run<'_> {
                 Ok(_) => {
                     tried.note(&source, FetchError::Wrong("gave bytes with another digest".to_owned()));
                 }
-                Err(error) => tried.note(&source, error),
+                Err(error) => {
+                    if matches!(error, FetchError::Broken(_)) {
+                        self.context.traffic.failed(&source.node);
+                    }
+                    tried.failed(&source, error, round);
+                }
             }
         }
     }
 
-    async fn whole(
-        &self,
-        source: &super::request::Source,
-        kind: Kind,
-        digest: &Digest,
-    ) -> Result<Bytes, FetchError> {
+    /// Whom to ask first: of those that lie or fail, only if there is nobody else.
+    fn first(&self, sources: Vec<Source>) -> Option<Source> {
+        let liars = self.tracker.state().progress.liars;
+        let bad =
+            |source: &Source| (liars.contains(&source.node), self.context.traffic.is_failing(&source.node));
+        // Of those that are alike, the first.
+        sources.into_iter().min_by_key(bad)
+    }
+
+    async fn whole(&self, source: &Source, kind: Kind, digest: &Digest) -> Result<Bytes, FetchError> {
         let (context, reference) = (self.context, &self.wanted.reference);
         // Whatever length the image gives: the digest tells whether the image lies about it or the source.
         let span = Span::Unknown(MAX_DOCUMENT_BYTES);
@@ -273,6 +291,17 @@ fn parse_document(bytes: &[u8]) -> Result<(Document, Labels, String), DocumentEr
 fn too_large(digest: &Digest, size: u64) -> Failure {
     let most = MAX_DOCUMENT_BYTES;
     Failure::Unsupported(format!("blob {digest} of the image has {size} bytes, {most} at most are handled"))
+}
+
+/// What no bytes could be, nobody is asked for.
+fn check_sizes(manifest: &Manifest) -> Result<(), Failure> {
+    match manifest.layers.iter().find(|layer| layer.size == 0 && !layer.digest.matches(b"")) {
+        Some(Descriptor { digest, .. }) => {
+            let message = format!("layer {digest} has 0 bytes, the image says, and that digest is of some");
+            Err(Failure::Unsupported(message))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Only what containerd can unpack and run: no artifacts, no encrypted layers.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::request::Source;
 
@@ -14,6 +15,12 @@ const AT_ONCE: usize = 8;
 
 /// How much of what is known of a source's speed the next measurement replaces.
 const WEIGHT: f64 = 0.3;
+
+/// Nothing is learnt of a source's speed by less: that takes no longer than the answer's head.
+pub(super) const SAMPLE: u64 = 256 << 10;
+
+/// How long what is known of a source is believed.
+const BELIEVED: Duration = Duration::from_secs(60);
 
 /// So much longer than another source would have taken is too long.
 const TOO_LONG: f64 = 4.0;
@@ -38,8 +45,21 @@ struct Shared {
 struct Standing {
     /// What is being asked of it.
     busy: usize,
-    /// Bytes a second that it gives in all; nothing if that is not known.
-    rate: Option<f64>,
+    /// Bytes a second that it gave in all, and when; nothing if that was never known.
+    measured: Option<(f64, Instant)>,
+    /// When it failed, if it has given nothing since.
+    failed: Option<Instant>,
+}
+
+impl Standing {
+    /// Bytes a second that it gives in all; nothing if that is not known, or not any more.
+    fn rate(&self, now: Instant) -> Option<f64> {
+        self.measured.filter(|(_, at)| now.duration_since(*at) < BELIEVED).map(|(rate, _)| rate)
+    }
+
+    fn is_failing(&self, now: Instant) -> bool {
+        self.failed.is_some_and(|at| now.duration_since(at) < BELIEVED)
+    }
 }
 
 /// The right to ask a source for something, until dropped.
@@ -55,7 +75,7 @@ impl Traffic {
     }
 
     /// Waits for a seat at that one of `sources` (of which there is one at least) that will probably be done first; of those
-    /// that are alike, the first. Sources of last resort only if there are no others.
+    /// that are alike, the first. Sources of last resort only if there are no others, and after these those that are failing.
     pub(super) async fn seat(&self, sources: &[Source]) -> Option<Seat> {
         loop {
             let freed = self.0.freed.notified();
@@ -71,17 +91,18 @@ impl Traffic {
     /// Nothing if there are no sources; none of them if all are busy.
     #[allow(clippy::option_option)]
     fn choose(&self, sources: &[Source]) -> Option<Option<Source>> {
-        let mut standings = self.lock();
-        let better = |source: &&Source| !source.last_resort || sources.iter().all(|s| s.last_resort);
-        let candidates: Vec<&Source> = sources.iter().filter(better).collect();
+        let (mut standings, now) = (self.lock(), Instant::now());
         let of = |source: &Source| standings.get(&source.node).copied().unwrap_or_default();
-        let fastest = candidates.iter().filter_map(|source| of(source).rate).fold(0.0, f64::max);
+        let rank = |source: &Source| (of(source).is_failing(now), source.last_resort);
+        let best = sources.iter().map(rank).min()?;
+        let candidates: Vec<&Source> = sources.iter().filter(|source| rank(source) == best).collect();
+        let fastest = candidates.iter().filter_map(|source| of(source).rate(now)).fold(0.0, f64::max);
         // One of which nothing is known is thought to be as fast as any.
         #[allow(clippy::cast_precision_loss)]
         let due = |standing: Standing| {
-            (standing.busy + 1) as f64 / standing.rate.unwrap_or(if fastest > 0.0 { fastest } else { 1.0 })
+            let rate = standing.rate(now).unwrap_or(if fastest > 0.0 { fastest } else { 1.0 });
+            (standing.busy + 1) as f64 / rate
         };
-        candidates.first()?;
         let free = candidates.iter().map(|source| (*source, of(source))).filter(|(_, s)| s.busy < AT_ONCE);
         let chosen =
             free.min_by(|(_, a), (_, b)| due(*a).total_cmp(&due(*b))).map(|(source, _)| source.clone());
@@ -91,20 +112,38 @@ impl Traffic {
         Some(chosen)
     }
 
-    /// The most bytes a second that one of `sources` has given in all; nothing if that is not known of any.
+    /// A node that was asked for something broke off, or did not answer: it is not asked before others for a while.
+    pub(super) fn failed(&self, node: &str) {
+        self.lock().entry(node.to_owned()).or_default().failed = Some(Instant::now());
+    }
+
+    /// A node gave something, or said what it will give.
+    pub(super) fn answered(&self, node: &str) {
+        if let Some(standing) = self.lock().get_mut(node) {
+            standing.failed = None;
+        }
+    }
+
+    /// Whether a node has failed of late.
+    pub(super) fn is_failing(&self, node: &str) -> bool {
+        self.lock().get(node).is_some_and(|standing| standing.is_failing(Instant::now()))
+    }
+
+    /// The most bytes a second that one of `sources` was last seen to give in all; nothing if that is not known of any.
     pub(super) fn rate(&self, sources: &[Source]) -> Option<f64> {
         let standings = self.lock();
-        sources.iter().filter_map(|source| standings.get(&source.node)?.rate).max_by(f64::total_cmp)
+        let measured = |source: &Source| Some(standings.get(&source.node)?.measured?.0);
+        sources.iter().filter_map(measured).max_by(f64::total_cmp)
     }
 
     /// How long a source may take over `bytes` before another of `others` had better be asked; for ever, if nothing is known
     /// of them. With a relay it is longer: the others are busy with feeding that.
     pub(super) fn patience(&self, source: &Source, bytes: u64, others: &[Source]) -> Option<Duration> {
-        let standings = self.lock();
+        let (standings, now) = (self.lock(), Instant::now());
         #[allow(clippy::cast_precision_loss)]
-        let due = |standing: &Standing| Some((standing.busy + 1) as f64 * bytes as f64 / standing.rate?);
-        let best =
-            others.iter().filter_map(|source| due(standings.get(&source.node)?)).min_by(f64::total_cmp)?;
+        let due = |standing: &Standing| Some((standing.busy + 1) as f64 * bytes as f64 / standing.rate(now)?);
+        let others = others.iter().filter_map(|source| standings.get(&source.node));
+        let best = others.filter(|other| !other.is_failing(now)).filter_map(due).min_by(f64::total_cmp)?;
         let least = if source.relay { LEAST_OF_RELAYS } else { LEAST };
         Some(Duration::try_from_secs_f64(best * TOO_LONG).unwrap_or(Duration::MAX).max(least))
     }
@@ -125,9 +164,20 @@ impl Seat {
         }
         let mut standings = self.traffic.lock();
         let Some(standing) = standings.get_mut(&self.source.node) else { return };
+        standing.failed = None;
+        if bytes < SAMPLE {
+            return;
+        }
         // All that is asked of it shares what it gives.
         let rate = bytes as f64 * standing.busy.max(1) as f64 / took.as_secs_f64().max(1e-6);
-        standing.rate = Some(standing.rate.map_or(rate, |known| known + WEIGHT * (rate - known)));
+        let now = Instant::now();
+        let rate = standing.rate(now).map_or(rate, |known| known + WEIGHT * (rate - known));
+        standing.measured = Some((rate, now));
+    }
+
+    /// The source broke off, or did not answer.
+    pub(super) fn failed(&self) {
+        self.traffic.failed(&self.source.node);
     }
 }
 
@@ -185,6 +235,51 @@ mod tests {
         }
         assert_eq!(seat(&traffic, std::slice::from_ref(&last)).await.source.node, "a");
         assert!(traffic.seat(&[]).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_failed_is_asked_last_for_a_while_or_until_it_gives() {
+        let (traffic, sources) = (Traffic::default(), [source("a"), source("b")]);
+        let last = Source { last_resort: true, ..source("l") };
+        let chosen = async |sources: &[Source]| seat(&traffic, sources).await.source.node.clone();
+        traffic.failed("a");
+        assert_eq!(chosen(&sources).await, "b");
+        assert_eq!(chosen(&[source("a"), last.clone()]).await, "l");
+        assert_eq!(chosen(&sources[..1]).await, "a", "there is no other");
+        tokio::time::advance(BELIEVED).await;
+        assert_eq!(chosen(&sources).await, "a");
+        traffic.failed("a");
+        let left = seat(&traffic, &sources[..1]).await;
+        left.gave(0, Duration::from_secs(1));
+        assert_eq!(chosen(&sources).await, "b", "nothing came");
+        left.gave(1, Duration::from_secs(1));
+        drop(left);
+        assert_eq!(chosen(&sources).await, "a");
+        // Nobody is left for the sake of one that fails.
+        seat(&traffic, &sources[1..]).await.gave(1 << 20, Duration::from_secs(1));
+        assert!(traffic.patience(&sources[0], 1, &sources[1..]).is_some());
+        traffic.failed("b");
+        assert_eq!(traffic.patience(&sources[0], 1, &sources[1..]), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rate_is_of_enough_bytes_and_not_old() {
+        let (traffic, sources) = (Traffic::default(), [source("a"), source("b")]);
+        seat(&traffic, &sources[..1]).await.gave(SAMPLE - 1, Duration::from_secs(1));
+        assert_eq!(traffic.rate(&sources), None, "that says little");
+        seat(&traffic, &sources[..1]).await.gave(SAMPLE, Duration::from_secs(100));
+        seat(&traffic, &sources[1..]).await.gave(SAMPLE, Duration::from_secs(1));
+        let of_b = [seat(&traffic, &sources).await, seat(&traffic, &sources).await];
+        assert!(of_b.iter().all(|seat| seat.source.node == "b"), "{of_b:?}");
+        drop(of_b);
+        assert!(traffic.patience(&sources[0], 1 << 20, &sources[1..]).is_some());
+        tokio::time::advance(BELIEVED).await;
+        assert_eq!(traffic.patience(&sources[0], 1 << 20, &sources[1..]), None);
+        let again = seat(&traffic, &sources).await;
+        assert_eq!(again.source.node, "a", "it may be faster by now");
+        // What was known before does not count any more.
+        again.gave(1 << 30, Duration::from_secs(1));
+        assert!(traffic.rate(&sources).unwrap() > 1e9);
     }
 
     #[tokio::test]

@@ -37,7 +37,7 @@ async fn the_next_source_is_asked() {
         let target = Fake::default();
         let outcome = import(&agent(&target), request("t", NAME, image, &[&bad, &good])).await;
         let done = outcome.unwrap_or_else(|failed| panic!("{trick:?} with {digest}: {failed:?}"));
-        assert_eq!(done.source_nodes.len(), 2, "{trick:?} with {digest}: {:?}", done.source_nodes);
+        assert!(done.source_nodes.contains(&good.node), "{trick:?} with {digest}: {:?}", done.source_nodes);
         check_complete(&target, image, NAME).await;
         // Documents come whole from one; of a layer what has come is not asked for again.
         let came = match trick {

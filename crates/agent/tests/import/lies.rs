@@ -141,6 +141,28 @@ async fn a_source_that_lied_is_named_though_something_else_fails() {
     }
 }
 
+/// Whatever it lied of, nothing more of the image is asked of it where another has it.
+#[tokio::test]
+async fn who_has_lied_is_asked_no_more() {
+    let image = image().indexed();
+    let (liar, honest) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    liar.trick(&image.config.digest, Trick::Wrong);
+    let target = Fake::default();
+    let done = told(&target, &image, &[&liar, &honest]).await.0.unwrap();
+    assert_eq!(done.lying_nodes, [liar.node.clone()]);
+    for layer in &image.layers {
+        assert_eq!(liar.asked(&layer.digest), 0);
+    }
+    check_complete(&target, &image, NAME).await;
+    // Where nobody else has it, it is: the digest tells what it is worth.
+    for layer in &image.layers {
+        honest.trick(&layer.digest, Trick::Status(404));
+    }
+    let target = Fake::default();
+    told(&target, &image, &[&liar, &honest]).await.0.unwrap();
+    check_complete(&target, &image, NAME).await;
+}
+
 /// An image that lies of its own blobs.
 struct Bad {
     what: &'static str,
@@ -257,6 +279,12 @@ fn bad() -> Vec<Bad> {
         disputed("a layer in parts of one byte more", sized(large_image(), "/layers/0", 1), &part),
         disputed("a layer in parts of one byte less", sized(large_image(), "/layers/0", -1), &part),
         disputed("a layer of a part more", sized(large_image(), "/layers/0", 4 << 20), &part),
+        refused(
+            "a layer of no bytes",
+            sized(small.clone(), "/layers/1", -i64::try_from(small.layers[1].size).unwrap()),
+            &first,
+            "has 0 bytes",
+        ),
         refused("an index in an index", nested.clone(), &nested.manifest.digest, "an index within an index"),
         given("an index of too many", wide(1025), "1025 children"),
         Bad {

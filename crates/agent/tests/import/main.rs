@@ -16,6 +16,7 @@ mod repair;
 mod shared;
 mod sources;
 mod standing;
+mod unsteady;
 
 use std::time::Duration;
 

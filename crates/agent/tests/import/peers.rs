@@ -38,6 +38,8 @@ pub enum Trick {
     Wrong,
     /// The first bytes, then the connection breaks.
     Cut(usize),
+    /// The same with every third request.
+    CutThird(usize),
     /// Other bytes, so many, then the connection breaks.
     WrongCut(usize),
     /// The first bytes, then nothing more comes.
@@ -89,8 +91,14 @@ impl Peer {
                 range.split_once('-').unwrap().0.parse().unwrap()
             });
             let trick = last.and_then(|digest| {
-                counting.lock().unwrap().entry(digest.clone()).or_default().push(from);
-                tricking.lock().unwrap().get(&digest).cloned()
+                let nth = {
+                    let mut counting = counting.lock().unwrap();
+                    let offsets = counting.entry(digest.clone()).or_default();
+                    offsets.push(from);
+                    offsets.len()
+                };
+                let trick = tricking.lock().unwrap().get(&digest).cloned();
+                trick.filter(|trick| !matches!(trick, Trick::CutThird(_)) || nth % 3 == 0)
             });
             let answer = api.clone().oneshot(request);
             async move {
@@ -194,10 +202,10 @@ async fn perform(trick: Trick, answer: Response) -> Response {
     let first = |count: usize| Ok::<_, std::io::Error>(bytes.slice(..count.min(bytes.len())));
     let body = match trick {
         Trick::Wrong => Body::from(vec![0x55; bytes.len()]),
-        Trick::Cut(_) | Trick::WrongCut(_) => {
+        Trick::Cut(_) | Trick::CutThird(_) | Trick::WrongCut(_) => {
             let first = match trick {
                 Trick::WrongCut(count) => Ok(Bytes::from(vec![0x55; count.min(bytes.len())])),
-                Trick::Cut(count) => first(count),
+                Trick::Cut(count) | Trick::CutThird(count) => first(count),
                 _ => first(0),
             };
             let cut = stream::once(async {

@@ -137,6 +137,24 @@ async fn a_liar_among_honest_ones_is_found() {
     }
 }
 
+/// Its bytes and another's make no blob. Once that is proven the other alone is asked, or each blob would be moved twice.
+#[tokio::test]
+async fn who_lies_in_every_layer_spoils_only_the_first() {
+    let bytes = noise(36 << 20);
+    let image = Blobs::image(&bytes.chunks(4 << 20).map(|layer| tar(&[("a", layer)])).collect::<Vec<_>>());
+    let (liar, honest) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
+    for layer in &image.layers {
+        liar.trick(&layer.digest, Trick::Wrong);
+    }
+    let target = Fake::default();
+    let done = import(&agent(&target), request("t", NAME, &image, &[&liar, &honest])).await.unwrap();
+    assert_eq!(done.lying_nodes, [liar.node.clone()]);
+    let spoilt = image.layers.iter().filter(|layer| liar.asked(&layer.digest) > 0).count();
+    // Three are on their way at once.
+    assert!((1..=6).contains(&spoilt), "{spoilt} of {}", image.layers.len());
+    check_complete(&target, &image, NAME).await;
+}
+
 /// What is on its way when a transfer is cancelled ends with it: nothing is left, and what it took of what all transfers
 /// share is given back.
 #[tokio::test]
