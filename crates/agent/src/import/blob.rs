@@ -59,7 +59,7 @@ impl Run<'_> {
         };
         let (context, states) = (self.context.clone(), self.tracker.subscribe());
         let (reference, sources) = (self.wanted.reference.clone(), self.sources.clone());
-        let asked = Asked::new(context, reference, blob.clone(), sources, states);
+        let asked = Asked::new(context, reference, blob.clone(), sources, states, &self.lease.transfer);
         let mut evidence = Evidence::default();
         let outcome = self.obtain_from(&asked, blob, labels, partial, &mut evidence).await;
         if outcome.is_ok() {
