@@ -61,7 +61,7 @@ impl Run<'_> {
         };
         let (context, states) = (self.context.clone(), self.tracker.subscribe());
         let reference = self.wanted.reference.clone();
-        let asked = Asked::new(context, reference, blob.clone(), wanting, states);
+        let asked = Asked::new(context, reference, blob.clone(), wanting, states, &self.lease.transfer);
         let mut evidence = Evidence::default();
         let outcome = self.obtain_from(&asked, blob, labels, partial, &mut evidence).await;
         if outcome.is_ok() {

@@ -11,6 +11,7 @@ use tote_image::{Descriptor, Digest};
 use tote_rpc::BlobClient;
 use tote_rpc::v1::Stage;
 
+use super::chunk::Ahead;
 use super::failure::Failure;
 use super::fetch::Patience;
 use super::flights::Flights;
@@ -32,9 +33,6 @@ const CONCURRENT_BLOBS: usize = 3;
 /// How many may wait beside for a source that is getting the image itself: so that what it has already is not behind what it
 /// will have.
 const WAITING_BLOBS: usize = 5;
-
-/// How many chunks of 2 MiB may be here, or on their way, before those that are being written.
-const AHEAD: usize = 4;
 
 /// How long a lease lasts if nobody deletes it: well beyond any transfer's deadline.
 const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -59,8 +57,8 @@ pub struct Context {
     pub underway: Underway,
     /// How busy the peers are, and how fast.
     pub traffic: Traffic,
-    /// Room for what comes before it can be written, in chunks.
-    pub ahead: Arc<Semaphore>,
+    /// Room for what comes before it can be written.
+    pub ahead: Ahead,
     /// Where kubelet writes down who may have an image.
     pub records: Option<Arc<Records>>,
 }
@@ -79,7 +77,7 @@ impl Context {
             flights: Flights::default(),
             underway: Underway::default(),
             traffic: Traffic::default(),
-            ahead: Arc::new(Semaphore::new(AHEAD)),
+            ahead: Ahead::default(),
             records: None,
         }
     }

@@ -171,7 +171,7 @@ async fn cancelled_in_the_middle_of_parts_from_several_it_frees_everything() {
     let target = Fake::default();
     let context = context(&target, Bandwidth::default());
     let ahead = context.ahead.clone();
-    let room = ahead.available_permits();
+    let room = ahead.free();
     let imports = Imports::new(context, Lifetimes::default());
     for _ in 0..3 {
         let before: Vec<usize> = peers.iter().map(|peer| peer.asked(layer)).collect();
@@ -181,10 +181,10 @@ async fn cancelled_in_the_middle_of_parts_from_several_it_frees_everything() {
             peers.iter().zip(&before).all(|(peer, before)| peer.asked(layer) > *before)
         })
         .await;
-        assert!(ahead.available_permits() < room);
+        assert!(ahead.free() < room);
         assert!(imports.cancel(&id).await.unwrap());
         check_nothing(&target).await;
-        eventually("the room to be free", async || ahead.available_permits() == room).await;
+        eventually("the room to be free", async || ahead.free() == room).await;
         drop(attached);
     }
     for peer in &peers {
