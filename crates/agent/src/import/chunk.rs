@@ -1,7 +1,6 @@
 //! A part of a blob on its way here: from one source, then another, going on at the byte where the one before stopped. Must
 //! not know what becomes of the bytes.
 
-mod ahead;
 mod tried;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,17 +12,15 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tote_image::{Descriptor, Reference};
 
+use super::ahead::{Mover, Room};
+use super::context::Context;
 use super::fetch::{self, FetchError, Kind, Span};
 use super::flights::Wanting;
 use super::progress::State;
 use super::request::Source;
-use super::run::Context;
 use super::traffic::{SAMPLE, Seat};
 
-pub use ahead::Ahead;
 pub(super) use tried::Tried;
-
-use ahead::{Mover, Room};
 
 /// Bytes that are asked for at once.
 pub(super) const CHUNK: u64 = 2 << 20;

@@ -3,8 +3,10 @@
 //! State that must survive the agent is in containerd alone: a lease whose label names the transfer, and the
 //! partial ingests it holds.
 
+mod ahead;
 mod blob;
 mod chunk;
+mod context;
 mod evidence;
 mod failure;
 mod fetch;
@@ -34,12 +36,12 @@ use tote_image::Digest;
 
 use crate::containerd;
 
+pub use context::Context;
 pub use failure::Failure;
 pub use fetch::Patience;
 pub use flights::Flights;
 pub use progress::{Imported, Progress, State};
 pub use request::{ImportRequest, RequestError, Source, TransferId, Wanted};
-pub use run::Context;
 pub use traffic::Traffic;
 pub use transfer::Attached;
 pub use underway::{Arrived, Bringing, Underway};

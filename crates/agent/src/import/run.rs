@@ -8,24 +8,18 @@ use std::time::{Duration, SystemTime};
 use futures::{StreamExt, TryStreamExt, stream};
 use tokio::sync::{Semaphore, watch};
 use tote_image::{Descriptor, Digest};
-use tote_rpc::BlobClient;
 use tote_rpc::v1::Stage;
 
-use super::chunk::Ahead;
+use super::context::Context;
 use super::failure::Failure;
-use super::fetch::Patience;
-use super::flights::Flights;
 use super::progress::{Imported, Tracker};
 use super::relay::Relays;
 use super::request::{Source, Wanted};
 use super::resolve::Image;
 use super::room;
-use super::traffic::Traffic;
-use super::underway::{Brings, Underway};
-use crate::bandwidth::Bandwidth;
+use super::underway::Brings;
 use crate::containerd::{self, Containerd, Labels, Layer, Lease, SNAPSHOT_LABEL, UNCOMPRESSED_LABEL};
-use crate::kubelet::{Records, Restriction};
-use crate::metrics::Metrics;
+use crate::kubelet::Restriction;
 
 /// How many layers of one image move at once.
 const CONCURRENT_BLOBS: usize = 3;
@@ -36,52 +30,6 @@ const WAITING_BLOBS: usize = 5;
 
 /// How long a lease lasts if nobody deletes it: well beyond any transfer's deadline.
 const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
-
-/// What all transfers of an agent share.
-pub struct Context {
-    /// The node's containerd.
-    pub containerd: Arc<dyn Containerd>,
-    /// The client to other agents.
-    pub peers: BlobClient,
-    /// The cap over all transfers.
-    pub bandwidth: Bandwidth,
-    /// How patient to be with peers.
-    pub patience: Patience,
-    /// How long CRI may take to see new records.
-    pub visible_within: Duration,
-    /// Where imports and received bytes are counted.
-    pub metrics: Arc<Metrics>,
-    /// Who moves which blob.
-    pub flights: Flights,
-    /// Which images are on their way here.
-    pub underway: Underway,
-    /// How busy the peers are, and how fast.
-    pub traffic: Traffic,
-    /// Room for what comes before it can be written.
-    pub ahead: Ahead,
-    /// Where kubelet writes down who may have an image.
-    pub records: Option<Arc<Records>>,
-}
-
-impl Context {
-    /// With the default patience.
-    pub fn new(containerd: Arc<dyn Containerd>, peers: BlobClient, bandwidth: Bandwidth) -> Self {
-        Self {
-            containerd,
-            peers,
-            bandwidth,
-            patience: Patience::default(),
-            // A node that starts a hundred pods at once lets CRI wait.
-            visible_within: Duration::from_secs(60),
-            metrics: Arc::default(),
-            flights: Flights::default(),
-            underway: Underway::default(),
-            traffic: Traffic::default(),
-            ahead: Ahead::default(),
-            records: None,
-        }
-    }
-}
 
 /// One run.
 pub(super) struct Run<'a> {

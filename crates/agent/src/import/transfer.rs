@@ -7,11 +7,12 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use super::context::Context;
 use super::failure::Failure;
 use super::progress::{Imported, State, Tracker};
 use super::relay::Relays;
 use super::request::{ImportRequest, Source, TransferId, Wanted};
-use super::run::{Context, Run};
+use super::run::Run;
 use super::underway::Brings;
 use crate::containerd::{self, Containerd, Lease};
 use crate::kubelet::Restriction;

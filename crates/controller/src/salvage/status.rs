@@ -328,6 +328,7 @@ mod tests {
             fits(&job);
             let told = condition(&job, condition::IMPORTED).message;
             assert!(told.starts_with("what went wrong."), "{told}");
+            assert!(!told.contains("no node's name"), "{told}");
             for part in ["wrong bytes came from ", "worker-8", " and 59 more", ", and were thrown away"] {
                 assert_eq!(told.contains(part), named, "{reason}: {part} in {told}");
             }

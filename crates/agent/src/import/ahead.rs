@@ -24,14 +24,14 @@ struct Held {
 
 /// A blob that a transfer moves, until dropped.
 #[derive(Debug)]
-pub(in crate::import) struct Mover {
+pub(super) struct Mover {
     ahead: Ahead,
     transfer: String,
 }
 
 /// Room for one chunk, until dropped.
 #[derive(Debug)]
-pub(in crate::import) struct Room(Arc<Mover>);
+pub(super) struct Room(Arc<Mover>);
 
 impl Ahead {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Held>> {
@@ -44,7 +44,7 @@ impl Ahead {
     }
 
     /// A transfer begins to move a blob.
-    pub(in crate::import) fn mover(&self, transfer: &str) -> Arc<Mover> {
+    pub(super) fn mover(&self, transfer: &str) -> Arc<Mover> {
         self.lock().entry(transfer.to_owned()).or_default().blobs += 1;
         Arc::new(Mover { ahead: self.clone(), transfer: transfer.to_owned() })
     }
@@ -52,7 +52,7 @@ impl Ahead {
 
 impl Mover {
     /// Room for one more chunk, if there is any that this transfer may have.
-    pub(in crate::import) fn room(self: &Arc<Self>) -> Option<Room> {
+    pub(super) fn room(self: &Arc<Self>) -> Option<Room> {
         let mut transfers = self.ahead.lock();
         let taken: usize = transfers.values().map(|held| held.rooms).sum();
         let most = if transfers.len() > 1 { SHARE } else { AHEAD };
