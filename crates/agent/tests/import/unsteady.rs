@@ -75,7 +75,7 @@ async fn one_that_does_not_answer_is_not_asked_for_every_blob() {
     trick_all(&hanging, &image, &Trick::Hang);
     trick_all(&good, &image, &Trick::Slow(20_000));
     let target = Fake::default();
-    let agent = agent_of(&target, Patience { head: Duration::from_millis(200), ..PATIENCE });
+    let agent = agent(&target);
     import(&agent, request("t", NAME, &image, &[&hanging, &good])).await.unwrap();
     let before = asked(&hanging, &image);
     assert!((1..=4).contains(&before), "{before} times");
@@ -107,7 +107,7 @@ async fn a_relay_that_does_not_answer_is_only_looked_at() {
     let (relay, origin) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
     trick_all(&relay, &image, &Trick::Hang);
     let target = Fake::default();
-    let agent = agent_of(&target, Patience { head: Duration::from_millis(200), ..PATIENCE });
+    let agent = agent(&target);
     let mut wanted = request("t", NAME, &image, &[&relay, &origin]);
     wanted.sources[0].relay = true;
     wanted.sources[1].last_resort = true;
