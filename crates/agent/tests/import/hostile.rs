@@ -1,9 +1,13 @@
 //! Peers that give wrong bytes, too few, too many, or none.
 
+use std::time::Duration;
+
+use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::Fake;
+use tote_agent::import::{Context, Imports, Lifetimes, Patience};
 use tote_rpc::v1::Cause;
 
-use crate::peers::{Peer, Trick, agent, import, request};
+use crate::peers::{PATIENCE, Peer, Trick, agent, context, import, request};
 use crate::{NAME, PIECE, check_complete, check_nothing, image, large_image};
 
 fn tricks(size: usize) -> Vec<Trick> {
@@ -31,11 +35,15 @@ async fn the_next_source_is_asked() {
         tricks(image.bytes[digest].len()).into_iter().map(move |trick| (digest.clone(), trick))
     });
     let image = &image;
+    // So long that the good one is never left.
+    let patience = Patience { head: Duration::from_secs(4), piece: Duration::from_secs(2), ..PATIENCE };
     let runs = cases.map(|(digest, trick)| async move {
         let (bad, good) = (Peer::holding(image, NAME).await, Peer::holding(image, NAME).await);
         bad.trick(&digest, trick.clone());
         let target = Fake::default();
-        let outcome = import(&agent(&target), request("t", NAME, image, &[&bad, &good])).await;
+        let context = Context { patience, ..context(&target, Bandwidth::default()) };
+        let agent = Imports::new(context, Lifetimes::default());
+        let outcome = import(&agent, request("t", NAME, image, &[&bad, &good])).await;
         let done = outcome.unwrap_or_else(|failed| panic!("{trick:?} with {digest}: {failed:?}"));
         assert!(done.source_nodes.contains(&good.node), "{trick:?} with {digest}: {:?}", done.source_nodes);
         check_complete(&target, image, NAME).await;

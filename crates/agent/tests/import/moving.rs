@@ -7,7 +7,7 @@ use tote_agent::containerd::{Containerd as _, FAKE_SNAPSHOTTER, Fake};
 use tote_agent::import::{Context, Imports, Lifetimes, Patience};
 use tote_agent::testing::{Blobs, noise, tar};
 
-use crate::peers::{PATIENCE, Peer, Trick, agent, context, import, request};
+use crate::peers::{PATIENCE, Peer, Trick, context, import, request};
 use crate::{NAME, PIECE, check_complete, check_nothing, eventually};
 
 /// One that waits for silent peers for longer than a test lasts.
@@ -81,7 +81,7 @@ async fn writes_have_a_mebibyte_or_more() {
     let image = layers(&[(7 << 20) + 1000]);
     let layer = &image.layers[0];
     let (peer, target) = (Peer::holding(&image, NAME).await, Fake::default());
-    import(&agent(&target), request("t", NAME, &image, &[&peer])).await.unwrap();
+    import(&patient(&target), request("t", NAME, &image, &[&peer])).await.unwrap();
     let writes = target.writes(&layer.digest);
     assert_eq!(writes.iter().sum::<usize>() as u64, layer.size, "{writes:?}");
     let (_, all_but_last) = writes.split_last().unwrap();

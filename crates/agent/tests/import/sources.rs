@@ -41,7 +41,8 @@ async fn a_source_that_falls_silent_is_left_at_that_byte() {
         let (silent, other) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
         silent.trick(&layer.digest, trick);
         let target = Fake::default();
-        let patience = Patience { piece: Duration::from_secs(1), ..PATIENCE };
+        // So long that the other one is never taken for silent.
+        let patience = Patience { head: Duration::from_secs(3), piece: Duration::from_secs(2), ..PATIENCE };
         let context = Context { patience, ..context(&target, Bandwidth::default()) };
         let agent = Imports::new(context, Lifetimes::default());
         let done = import(&agent, request("t", NAME, &image, &[&silent, &other])).await.unwrap();
@@ -66,8 +67,7 @@ async fn the_only_source_comes_back() {
     let door = Door::of(&peer).await;
     let mut wanted = request("t", NAME, &image, &[&peer]);
     wanted.sources[0].address = door.address;
-    let usual = Patience::default();
-    let patience = Patience { pause: usual.pause, rounds: usual.rounds, ..PATIENCE };
+    let patience = Patience::default();
     let context = Context { patience, ..context(&target, Bandwidth::default()) };
     let agent = Imports::new(context, Lifetimes::default());
     let dying = async {
