@@ -58,9 +58,11 @@ pub(super) fn error(status: &Status) -> Error {
         Code::AlreadyExists => Error::AlreadyExists(message),
         Code::FailedPrecondition => Error::Mismatch(message),
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => Error::Unavailable(message),
-        // What tonic says when the connection breaks under a call.
+        // What tonic says when the connection breaks under a call, or under the stream that answers it.
         Code::Unknown if message.contains("transport error") => Error::Unavailable(message),
-        Code::Internal if message.contains("h2 protocol error") => Error::Unavailable(message),
+        Code::Internal | Code::Unknown if message.contains("h2 protocol error") => {
+            Error::Unavailable(message)
+        }
         // What CRI says while containerd starts (1.7.35 and 2.4.2, `errServerNotInitialized` as Unknown).
         Code::Unknown if message.contains("server is not initialized yet") => Error::Unavailable(message),
         code => Error::Other(format!("{message} ({code:?})")),
@@ -85,6 +87,7 @@ mod tests {
             Status::unavailable("connection refused"),
             Status::unknown("transport error"),
             Status::internal("h2 protocol error: broken pipe"),
+            Status::unknown("h2 protocol error: error reading a body from connection"),
             Status::unknown("server is not initialized yet"),
         ] {
             assert!(matches!(error(&status), Error::Unavailable(_)), "{status:?}");
