@@ -11,7 +11,6 @@ use serde_json::json;
 use tote_api::{Phase, SalvageJob, names};
 use tote_e2e::containerd::PAUSE;
 use tote_e2e::host;
-use tote_e2e::inspect;
 use tote_e2e::registry::Control as _;
 use tote_e2e::tenant::{PodShape, Tenant, imported_reason, phase};
 
@@ -221,10 +220,9 @@ async fn replaced(play: Play) -> Result<()> {
 
 async fn sandbox_image_missing(play: Play) -> Result<()> {
     let outcome = without_sandbox_image(&play).await;
-    if outcome.is_err() {
-        // Or no pod would start there for those who come after.
-        tokio::task::block_in_place(|| play.target()?.load_image(&play.cluster().dir().join("pause.tar")))?;
-    }
+    // For those who come after: without it no pod would start there, and what was salvaged may be without its layer's blob, for that
+    // stands unpacked below the sandboxes that run.
+    tokio::task::block_in_place(|| play.target()?.load_image(&play.cluster().dir().join("pause.tar")))?;
     outcome
 }
 
@@ -246,7 +244,6 @@ async fn without_sandbox_image(play: &Play) -> Result<()> {
     declare(play, "sandbox", PAUSE, "n2").await?;
     until(&play.tenant, "sandbox", Phase::Imported, "Imported").await?;
     node.ctr(&["images", "label", PAUSE, "io.cri-containerd.pinned=pinned"])?;
-    inspect::assert_whole(node, PAUSE)?;
     play.tenant.running("stuck", LONG).await.context("the sandbox image is there")?;
     Ok(())
 }
