@@ -22,7 +22,7 @@ struct Reason {
     reason: &'static str,
 }
 
-/// Who gave wrong bytes.
+/// Who gave something, or did not.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Giver {
     node: String,
@@ -39,6 +39,7 @@ pub struct Metrics {
     sessions: Gauge,
     refused: Family<Reason, Counter>,
     lies: Family<Giver, Counter>,
+    left: Family<Giver, Counter>,
     certificates: Counter,
     expires: Gauge,
     first_certificate: Gauge<f64, AtomicU64>,
@@ -62,6 +63,8 @@ impl Metrics {
         registry.register("refused", "Connections and calls that were refused", self.refused.clone());
         let help = "Blobs that a node gave otherwise than they are";
         registry.register("lies", help, self.lies.clone());
+        let help = "Requests for parts of blobs that broke off, or were left because others are much faster";
+        registry.register("requests_left", help, self.left.clone());
         let help = "Certificates that the controller gave";
         registry.register("certificates", help, self.certificates.clone());
         let help = "When the present certificate ends, in seconds since 1970; 0 without one";
@@ -83,6 +86,11 @@ impl Metrics {
     /// A node gave a blob otherwise than it is.
     pub fn lied(&self, node: &str) {
         self.lies.get_or_create(&Giver { node: node.to_owned() }).inc();
+    }
+
+    /// A node that was asked for part of a blob did not give all of it: what was on its way is lost, and asked for again.
+    pub fn left(&self, node: &str) {
+        self.left.get_or_create(&Giver { node: node.to_owned() }).inc();
     }
 
     /// An import began.

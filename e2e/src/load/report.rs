@@ -25,6 +25,9 @@ const PROGRESS: i64 = 5;
 const WAKES: u64 = 4;
 const WAKE: u64 = 8;
 
+/// The most bytes that an agent asks for in one request (`docs/architecture.md`).
+const PART: u64 = 2 << 20;
+
 /// Goal: to the same pods with their images in place.
 const RATIO: f64 = 1.5;
 
@@ -45,6 +48,8 @@ pub struct Report {
     pub jobs: Vec<SalvageJob>,
     /// Bytes of blobs that agents gave each other.
     pub served: u64,
+    /// Requests for parts of blobs that did not bring all that was asked for.
+    pub left: u64,
     /// What the controller asked of the API server,
     pub requests: Requests,
     /// in this time.
@@ -96,7 +101,10 @@ impl Report {
             );
         }
         let missing: u64 = self.wanted.values().sum();
-        ensure!(self.served == missing, "agents gave {} bytes, {missing} were missing", self.served);
+        // What a source had sent when it was left is lost: on a machine that halts for half a second that happens.
+        let lost = missing..=missing + self.left * PART;
+        let (served, left) = (self.served, self.left);
+        ensure!(lost.contains(&served), "agents gave {served} bytes, {missing} were missing; left: {left}");
         let mut allowed = 0;
         for job in &self.jobs {
             let name = job.name_any();
@@ -193,7 +201,8 @@ impl fmt::Display for Report {
             writeln!(f, "  event {what:<32} on {objects:4} objects, {told:4} times")?;
         }
         let missing: u64 = self.wanted.values().sum();
-        writeln!(f, "bytes: {missing} missing, {} given by agents", self.served)?;
+        let (served, left) = (self.served, self.left);
+        writeln!(f, "bytes: {missing} missing, {served} given by agents; {left} requests left")?;
         for line in self.metrics.lines().filter(|line| is_of_interest(line)) {
             writeln!(f, "  {line}")?;
         }

@@ -160,8 +160,11 @@ impl Asked {
             if let Some(error) = failed
                 && length > 0
             {
-                if matches!(error, FetchError::Broken(_)) && given < SAMPLE {
-                    seat.failed();
+                if matches!(error, FetchError::Broken(_)) {
+                    self.context.metrics.left(&source.node);
+                    if given < SAMPLE {
+                        seat.failed();
+                    }
                 }
                 self.tried().failed(&source, error, round);
             }

@@ -3,7 +3,6 @@
 //! source can help, and none is blamed.
 
 use bytes::Bytes;
-use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::{Containerd as _, Fake};
@@ -12,7 +11,7 @@ use tote_agent::testing::Blobs;
 use tote_image::Digest;
 use tote_rpc::v1::{self, Cause};
 
-use crate::peers::{Peer, Trick, context, import, request};
+use crate::peers::{Peer, Trick, context, counted, import, request};
 use crate::{NAME, check_complete, check_nothing, image, large_image};
 
 /// An import, and the metric of lies after it.
@@ -29,14 +28,10 @@ async fn told(target: &Fake, image: &Blobs, peers: &[&Peer]) -> (Result<v1::Done
         }
         check_nothing(target).await;
     }
-    let (mut registry, mut text) = (Registry::default(), String::new());
-    metrics.register(&mut registry);
-    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
-    let lies = text.lines().filter(|line| line.starts_with("tote_agent_lies_total")).map(str::to_owned);
-    (outcome, lies.collect())
+    (outcome, counted(&metrics, "tote_agent_lies_total"))
 }
 
-fn counted(peer: &Peer) -> String {
+fn once(peer: &Peer) -> String {
     format!("tote_agent_lies_total{{node=\"{}\"}} 1", peer.node)
 }
 
@@ -105,13 +100,13 @@ async fn a_source_that_lies_is_named_and_another_is_tried() {
             assert!(failed.message.contains(part), "{what}: {part} is not in {}", failed.message);
         }
         let proven = alone.0 == Cause::DigestMismatch;
-        assert_eq!(lies, if proven { vec![counted(&liar)] } else { vec![] }, "{what}");
+        assert_eq!(lies, if proven { vec![once(&liar)] } else { vec![] }, "{what}");
 
         let target = Fake::default();
         let (outcome, lies) = told(&target, &image, &[&liar, &honest]).await;
         let done = outcome.unwrap_or_else(|failed| panic!("{what}: {failed:?}"));
         assert_eq!(done.lying_nodes, [liar.node.clone()], "{what}");
-        assert_eq!(lies, [counted(&liar)], "{what}");
+        assert_eq!(lies, [once(&liar)], "{what}");
         check_complete(&target, &image, NAME).await;
     }
 }
@@ -136,7 +131,7 @@ async fn a_source_that_lied_is_named_though_something_else_fails() {
         let cause = if is_full { Cause::DiskFull } else { Cause::NoSource };
         assert_eq!(failed.cause(), cause, "{}", failed.message);
         assert_eq!(failed.lying_nodes, [liar.node.clone()], "{}", failed.message);
-        assert_eq!(lies, [counted(&liar)]);
+        assert_eq!(lies, [once(&liar)]);
         assert!(!is_full || honest.asked(first) == 0);
     }
 }

@@ -11,6 +11,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use http::StatusCode;
+use prometheus_client::registry::Registry;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -18,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tote_agent::bandwidth::Bandwidth;
 use tote_agent::containerd::Fake;
 use tote_agent::import::{Context, ImportRequest, Imports, Lifetimes, Patience, TransferId};
+use tote_agent::metrics::Metrics;
 use tote_agent::serve::{Grants, Served, router};
 use tote_agent::testing::Blobs;
 use tote_image::Digest;
@@ -294,6 +296,14 @@ pub fn context(fake: &Fake, bandwidth: Bandwidth) -> Context {
     let visible_within = Duration::from_millis(200);
     let context = Context::new(Arc::new(fake.clone()), peers, bandwidth);
     Context { patience: PATIENCE, visible_within, ..context }
+}
+
+/// The lines of one of an agent's counters.
+pub fn counted(metrics: &Metrics, name: &str) -> Vec<String> {
+    let (mut registry, mut text) = (Registry::default(), String::new());
+    metrics.register(&mut registry);
+    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    text.lines().filter(|line| line.starts_with(name)).map(str::to_owned).collect()
 }
 
 pub fn request(id: &str, name: &str, image: &Blobs, peers: &[&Peer]) -> ImportRequest {

@@ -7,7 +7,7 @@ use tote_agent::containerd::Fake;
 use tote_agent::import::{Context, Imports, Lifetimes, Patience};
 use tote_agent::testing::{Blobs, tar};
 
-use crate::peers::{Door, PATIENCE, Peer, Trick, agent, context, import, request};
+use crate::peers::{Door, PATIENCE, Peer, Trick, agent, context, counted, import, request};
 use crate::{NAME, PIECE, check_complete, check_nothing, eventually, noise};
 
 /// One layer of this many MiB.
@@ -100,9 +100,14 @@ async fn a_slow_source_is_left_in_the_middle_of_a_part() {
     let (slow, fast) = (Peer::holding(&image, NAME).await, Peer::holding(&image, NAME).await);
     slow.trick(layer, Trick::Slow(3 << 20));
     let target = Fake::default();
+    let context = context(&target, Bandwidth::default());
+    let metrics = context.metrics.clone();
+    let imports = Imports::new(context, Lifetimes::default());
     let began = Instant::now();
-    let done = import(&agent(&target), request("t", NAME, &image, &[&slow, &fast])).await.unwrap();
+    let done = import(&imports, request("t", NAME, &image, &[&slow, &fast])).await.unwrap();
     let took = began.elapsed().as_secs_f64();
+    let counted = counted(&metrics, "tote_agent_requests_left_total");
+    assert!(!counted.is_empty() && counted.iter().all(|line| line.contains(&slow.node)), "{counted:?}");
     assert!(took < 5.0, "{took} s; the slow one alone takes 8");
     assert_eq!(done.transferred_bytes, done.total_bytes, "what the slow one gave is not asked for again");
     assert!(slow.asked(layer) > 0 && fast.asked(layer) > slow.asked(layer));
