@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::ListParams;
 use kube::{Api, ResourceExt as _};
@@ -42,11 +42,6 @@ const QUIET: Duration = Duration::from_secs(5);
 
 /// Longest until then.
 const SETTLED: Duration = Duration::from_secs(120);
-
-/// What agents count: bytes that they gave,
-const SERVED: &str = "tote_agent_served_bytes_total";
-/// and requests that did not bring all that was asked for, by node.
-const LEFT: &str = "tote_agent_requests_left_total";
 
 /// An image that is in the registry.
 struct Pushed {
@@ -100,7 +95,7 @@ pub async fn run(name: &str, images: usize, say: impl Fn(&str)) -> Result<Report
     let audit_log = cluster.audit_log()?;
     let operator = usage::operator(&cluster, &client).await?;
     let daemons = usage::daemons(&cluster)?;
-    let (served, left) = (of_agents(&tenant, SERVED).await?, of_agents(&tenant, LEFT).await?);
+    let counted = Counted::now(&tenant).await?;
     let (mark, begin, busy) = (Mark::now(&audit_log)?, Instant::now(), usage::machine()?);
     let load = wave::run(&cluster, &tenant, &pods(&cluster, &missing)).await?;
     let busy = usage::machine()?.saturating_sub(busy);
@@ -111,8 +106,7 @@ pub async fn run(name: &str, images: usize, say: impl Fn(&str)) -> Result<Report
     settle(&tenant, &audit_log, &mark).await?;
     let requests = mark.since(&audit_log)?;
     let span = begin.elapsed();
-    let served = of_agents(&tenant, SERVED).await?.saturating_sub(served);
-    let left = of_agents(&tenant, LEFT).await?.saturating_sub(left);
+    let counted = Counted::now(&tenant).await?.since(counted);
     let jobs = tenant.jobs().list(&ListParams::default()).await?.items;
     let events = events(&tenant).await?;
     let metrics = metrics(&tenant, "controller", 8080).await?.concat();
@@ -134,8 +128,7 @@ pub async fn run(name: &str, images: usize, say: impl Fn(&str)) -> Result<Report
         after,
         wanted,
         jobs,
-        served,
-        left,
+        counted,
         requests,
         span,
         events,
@@ -194,7 +187,7 @@ async fn settle(tenant: &Tenant, audit_log: &Path, mark: &Mark) -> Result<()> {
         if last.1.elapsed() > QUIET {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "no rest within {SETTLED:?}\n{}", tenant.report().await);
+        anyhow::ensure!(Instant::now() < deadline, "no rest within {SETTLED:?}\n{}", tenant.report().await);
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }
@@ -231,18 +224,42 @@ async fn metrics(tenant: &Tenant, component: &str, port: u16) -> Result<Vec<Stri
     Ok(found)
 }
 
-/// A counter of all agents together, whatever its labels. Every agent names it; one with labels has no value until it counts.
-async fn of_agents(tenant: &Tenant, name: &str) -> Result<u64> {
-    let mut sum = 0;
-    for text in metrics(tenant, "agent", 8081).await? {
-        let family = name.trim_end_matches("_total");
-        ensure!(text.contains(&format!("# TYPE {family} counter")), "an agent has no {name}");
-        for line in text.lines().filter(|line| line.starts_with(name)) {
-            let value = line.rsplit(' ').next().unwrap_or_default();
-            sum += value.parse::<u64>().with_context(|| line.to_owned())?;
+/// What all agents have counted together.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted {
+    /// Bytes of blobs given to other nodes,
+    pub served: u64,
+    /// and got from them.
+    pub received: u64,
+    /// Requests for parts of blobs that did not bring all that was asked for.
+    pub left: u64,
+}
+
+impl Counted {
+    async fn now(tenant: &Tenant) -> Result<Self> {
+        let texts = metrics(tenant, "agent", 8081).await?.concat();
+        // A counter with labels is not there until it counts.
+        let sum = |name: &str| {
+            let values = texts.lines().filter(|line| line.starts_with(name)).map(|line| {
+                let value = line.rsplit(' ').next().unwrap_or_default();
+                value.parse::<u64>().with_context(|| line.to_owned())
+            });
+            values.sum::<Result<u64>>()
+        };
+        Ok(Self {
+            served: sum("tote_agent_served_bytes_total")?,
+            received: sum("tote_agent_received_bytes_total")?,
+            left: sum("tote_agent_requests_left_total")?,
+        })
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self {
+            served: self.served - before.served,
+            received: self.received - before.received,
+            left: self.left - before.left,
         }
     }
-    Ok(sum)
 }
 
 /// The digests and nodes of jobs, each job's own.

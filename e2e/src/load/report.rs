@@ -11,7 +11,7 @@ use tote_api::{Phase, SalvageJob};
 use super::audit::Requests;
 use super::usage::Used;
 use super::wave::Wave;
-use super::{PODS, is_distinct, pairs};
+use super::{Counted, PODS, is_distinct, pairs};
 use crate::tenant::phase;
 
 /// Writes of the status of a job that is Imported at once: Queued, Transferring, progress, Imported with the pods that it woke.
@@ -46,10 +46,8 @@ pub struct Report {
     pub wanted: BTreeMap<(String, String), u64>,
     /// All jobs.
     pub jobs: Vec<SalvageJob>,
-    /// Bytes of blobs that agents gave each other.
-    pub served: u64,
-    /// Requests for parts of blobs that did not bring all that was asked for.
-    pub left: u64,
+    /// What agents counted meanwhile.
+    pub counted: Counted,
     /// What the controller asked of the API server,
     pub requests: Requests,
     /// in this time.
@@ -101,10 +99,14 @@ impl Report {
             );
         }
         let missing: u64 = self.wanted.values().sum();
-        // What a source had sent when it was left is lost: on a machine that halts for half a second that happens.
-        let lost = missing..=missing + self.left * PART;
-        let (served, left) = (self.served, self.left);
-        ensure!(lost.contains(&served), "agents gave {served} bytes, {missing} were missing; left: {left}");
+        let Counted { served, received, left } = self.counted;
+        ensure!(received == missing, "agents got {received} bytes, {missing} were missing");
+        // What a source has sent of a part when it is left is lost: where a machine halts for half a second that happens.
+        let most = missing + left * PART;
+        ensure!(
+            (missing..=most).contains(&served),
+            "agents gave {served} bytes, {missing} were missing, {most} are allowed ({left} requests left)"
+        );
         let mut allowed = 0;
         for job in &self.jobs {
             let name = job.name_any();
@@ -201,8 +203,11 @@ impl fmt::Display for Report {
             writeln!(f, "  event {what:<32} on {objects:4} objects, {told:4} times")?;
         }
         let missing: u64 = self.wanted.values().sum();
-        let (served, left) = (self.served, self.left);
-        writeln!(f, "bytes: {missing} missing, {served} given by agents; {left} requests left")?;
+        let Counted { served, received, left } = self.counted;
+        writeln!(
+            f,
+            "bytes: {missing} missing, {served} given and {received} got by agents; {left} requests left"
+        )?;
         for line in self.metrics.lines().filter(|line| is_of_interest(line)) {
             writeln!(f, "  {line}")?;
         }
