@@ -106,7 +106,7 @@ pub async fn run(name: &str, images: usize, say: impl Fn(&str)) -> Result<Report
     settle(&tenant, &audit_log, &mark).await?;
     let requests = mark.since(&audit_log)?;
     let span = begin.elapsed();
-    let counted = Counted::now(&tenant).await?.since(counted);
+    let counted = Counted::now(&tenant).await?.since(counted)?;
     let jobs = tenant.jobs().list(&ListParams::default()).await?.items;
     let events = events(&tenant).await?;
     let metrics = metrics(&tenant, "controller", 8080).await?.concat();
@@ -253,12 +253,15 @@ impl Counted {
         })
     }
 
-    fn since(self, before: Self) -> Self {
-        Self {
-            served: self.served - before.served,
-            received: self.received - before.received,
-            left: self.left - before.left,
-        }
+    fn since(self, before: Self) -> Result<Self> {
+        let more = |now: u64, before| {
+            now.checked_sub(before).context("an agent was started again, and counts from 0 on")
+        };
+        Ok(Self {
+            served: more(self.served, before.served)?,
+            received: more(self.received, before.received)?,
+            left: more(self.left, before.left)?,
+        })
     }
 }
 

@@ -63,7 +63,8 @@ impl Metrics {
         registry.register("refused", "Connections and calls that were refused", self.refused.clone());
         let help = "Blobs that a node gave otherwise than they are";
         registry.register("lies", help, self.lies.clone());
-        let help = "Requests for parts of blobs that broke off, or were left because others are much faster";
+        let help =
+            "Requests for parts of blobs that got no answer, broke off, or were left for much faster nodes";
         registry.register("requests_left", help, self.left.clone());
         let help = "Certificates that the controller gave";
         registry.register("certificates", help, self.certificates.clone());

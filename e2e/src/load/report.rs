@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use kube::ResourceExt as _;
+use tote_agent::import::CHUNK;
 use tote_api::{Phase, SalvageJob};
 
 use super::audit::Requests;
@@ -25,8 +26,8 @@ const PROGRESS: i64 = 5;
 const WAKES: u64 = 4;
 const WAKE: u64 = 8;
 
-/// The most bytes that an agent asks for in one request (`docs/architecture.md`).
-const PART: u64 = 2 << 20;
+/// Of all that is given at most the tenth part may be lost, however many requests are left.
+const LOST: u64 = 10;
 
 /// Goal: to the same pods with their images in place.
 const RATIO: f64 = 1.5;
@@ -102,7 +103,7 @@ impl Report {
         let Counted { served, received, left } = self.counted;
         ensure!(received == missing, "agents got {received} bytes, {missing} were missing");
         // What a source has sent of a part when it is left is lost: where a machine halts for half a second that happens.
-        let most = missing + left * PART;
+        let most = (missing + left * CHUNK).min(missing + missing / LOST);
         ensure!(
             (missing..=most).contains(&served),
             "agents gave {served} bytes, {missing} were missing, {most} are allowed ({left} requests left)"

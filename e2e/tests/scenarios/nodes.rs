@@ -222,8 +222,10 @@ async fn sandbox_image_missing(play: Play) -> Result<()> {
     let outcome = without_sandbox_image(&play).await;
     // For those who come after: without it no pod would start there, and what was salvaged may be without its layer's blob, for that
     // stands unpacked below the sandboxes that run.
-    tokio::task::block_in_place(|| play.target()?.load_image(&play.cluster().dir().join("pause.tar")))?;
-    outcome
+    let archive = play.cluster().dir().join("pause.tar");
+    let loaded = tokio::task::block_in_place(|| play.target()?.load_image(&archive));
+    outcome?;
+    loaded
 }
 
 async fn without_sandbox_image(play: &Play) -> Result<()> {

@@ -22,8 +22,8 @@ use super::traffic::{SAMPLE, Seat};
 
 pub(super) use tried::Tried;
 
-/// Bytes that are asked for at once.
-pub(super) const CHUNK: u64 = 2 << 20;
+/// Bytes that are asked for at once, in one request.
+pub const CHUNK: u64 = 2 << 20;
 
 /// How many pieces a chunk may come in without one being taken: more than any will, so that it waits for nobody but its source.
 const PIECES: usize = 64;

@@ -36,6 +36,7 @@ use tote_image::Digest;
 
 use crate::containerd;
 
+pub use chunk::CHUNK;
 pub use context::Context;
 pub use failure::Failure;
 pub use fetch::Patience;

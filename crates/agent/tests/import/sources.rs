@@ -107,7 +107,8 @@ async fn a_slow_source_is_left_in_the_middle_of_a_part() {
     let done = import(&imports, request("t", NAME, &image, &[&slow, &fast])).await.unwrap();
     let took = began.elapsed().as_secs_f64();
     let counted = counted(&metrics, "tote_agent_requests_left_total");
-    assert!(!counted.is_empty() && counted.iter().all(|line| line.contains(&slow.node)), "{counted:?}");
+    let of_slow = format!("{{node=\"{}\"}}", slow.node);
+    assert!(!counted.is_empty() && counted.iter().all(|line| line.contains(&of_slow)), "{counted:?}");
     assert!(took < 5.0, "{took} s; the slow one alone takes 8");
     assert_eq!(done.transferred_bytes, done.total_bytes, "what the slow one gave is not asked for again");
     assert!(slow.asked(layer) > 0 && fast.asked(layer) > slow.asked(layer));
